@@ -1,0 +1,129 @@
+"""The packet file (.opk), version 1: what every byte means.
+
+One append-only file holds the packets of many sources. It is its own registry: where each source was read up to
+stands in the same checksummed frame as the bytes, so data and offset cannot disagree. There is no second file.
+
+Everything is little-endian. Each frame is a 64-byte header and then `payload_len` bytes:
+
+    offset size field
+         0    4 magic         FF 4F 50 4B; 0xFF never occurs in UTF-8, so a scan has no false start in text
+         4    1 version       1
+         5    1 type          a FrameType
+         6    2 flags         a Flag set
+         8    4 payload_len   stored bytes after the header, at most 16 MiB
+        12    4 source_id     dense, defined by a SOURCE frame; 0 in FILE and COMMIT
+        16    8 seq           number of the first line or packet of this source, over all its generations
+        24    8 source_off    byte offset of the payload's first byte in this generation of the source
+        32    8 time_ns       arrival time, Unix nanoseconds
+        40    4 count         lines or packets that end in this payload
+        44    4 payload_crc   CRC-32 (RFC 1952, section 8) of the stored payload
+        48    4 generation    0, 1, 2 … of the source: a rename keeps it, a truncation or a new inode adds 1
+        52    4 prev_len      length of the frame before, header included; 0 in the first: a walk back from the end
+        56    4 epoch         random id of the writer's run: stale bytes never pass for new ones
+        60    4 header_crc    CRC-32 of bytes 0 to 59: a damaged length is never followed
+
+Line k of a LINES frame is packet (source_id, seq + k). A frame holds a run of whole lines, however many, for 64 bytes.
+`seq` is always the sum of the counts before it, so a reader proves that nothing is missing by adding.
+
+Lines that do not end in their frame:
+    FIRST, MIDDLE, LAST   pieces of one line longer than a frame. FIRST and MIDDLE count 0, LAST counts 1.
+    UNTERMINATED          the source ended inside this line when it was read. It counts as a line (it may be the last
+                          one ever), so a rest that appears later comes as MIDDLE|UNTERMINATED or LAST and counts 0.
+    A new generation ends an open line. In a FIRST..MIDDLE run that ends UNTERMINATED, that last piece counts 1.
+
+Payloads (STRUCT below, then the variable part):
+    FILE     file id, segment number, chain of the segment before; then what wrote it, UTF-8.
+    SOURCE   device, inode, birth time (0: unknown), start offset, compression, predecessor (generation before this
+             one, or NONE_U32); then the path's bytes. Written when a source or a generation of it begins.
+    LINES    the source's bytes, verbatim.
+    PACKETS  one packet, or with TABLE `count` u32 lengths and then the packets' bytes. `source_off` counts the bytes
+             of the packets alone.
+    COMMIT   durable_upto, offset of the COMMIT before (NONE_U64: first), lines in the file so far, chain, entries,
+             whether it lists all sources; then an entry for each source changed since the COMMIT before (all of them
+             every 64 MiB).
+    GAP      source range [from, to) that nobody can recover (to NONE_U64: unknown), best count of lines (NONE_U64:
+             unknown), reason. Bytes that are lost are stated, never passed over.
+
+A COMMIT's entry holds all that a writer needs to go on: generation, resume offset, next seq, size and mtime, hash and
+length of the head (first bytes, at most HEAD_BYTES) and of the tail guard (bytes before the resume offset, at most
+GUARD_BYTES), and where its SOURCE frame stands. Hashes are BLAKE2b-128. The chain is SHA-256 over the chain before and
+the headers (they hold the payloads' CRCs) of all frames since the COMMIT before.
+
+What building changed in the first draft of this page, before the first golden file:
+    - The head's hash stands in COMMIT entries, not in SOURCE: it grows with the file, a SOURCE frame does not.
+    - COMMIT points back to the COMMIT before and to the SOURCE frames, and the guard states its length, so that
+      recovery reads a few frames from the end however large the file is.
+    - UNTERMINATED can be continued (see above): a file read by `merge` twice keeps its lines whole.
+"""
+
+from __future__ import annotations
+
+import struct
+from enum import IntEnum, IntFlag
+
+MAGIC = b"\xffOPK"
+VERSION = 1
+HEADER = struct.Struct("<4sBBHIIQQQIIIIII")
+HEADER_BYTES = HEADER.size
+HEADER_CRC = struct.Struct("<I")
+HEADER_CRC_AT = HEADER_BYTES - HEADER_CRC.size
+MAX_PAYLOAD = 16 << 20
+
+NONE_U32 = 0xFFFF_FFFF
+NONE_U64 = 0xFFFF_FFFF_FFFF_FFFF
+
+HEAD_BYTES = 1024
+GUARD_BYTES = 256
+DIGEST_BYTES = 16
+
+FILE_STRUCT = struct.Struct("<16sI32s")
+SOURCE_STRUCT = struct.Struct("<QQQQIB3x")
+COMMIT_STRUCT = struct.Struct("<QQQ32sIB3x")
+ENTRY_STRUCT = struct.Struct("<IIQQQQQHHI16s16s")
+GAP_STRUCT = struct.Struct("<QQQB7x")
+
+FULL_COMMIT_BYTES = 64 << 20  # a COMMIT at least this often lists all sources, which bounds the walk back in recovery
+
+
+class FrameType(IntEnum):
+    FILE = 0
+    LINES = 1
+    PACKETS = 2
+    SOURCE = 3
+    COMMIT = 4
+    GAP = 5
+    INDEX = 6  # read over: its checksums are verified, its content is not needed to read the file
+    SEAL = 7
+    NOTE = 8
+
+
+class Flag(IntFlag):
+    NONE = 0
+    FIRST = 1
+    MIDDLE = 2
+    LAST = 4
+    UNTERMINATED = 8
+    TABLE = 16
+    ZSTD = 32
+    HOLE = 64
+
+
+class EntryFlag(IntFlag):
+    NONE = 0
+    OPEN_FRAGMENT = 1  # the last frame was FIRST or MIDDLE: the line goes on and has not been counted
+    OPEN_LINE = 2  # the last frame was UNTERMINATED: if the source grows, the line goes on and has been counted
+
+
+class GapReason(IntEnum):
+    TRUNCATED = 1
+    UNLINKED = 2
+    GIVEN_UP = 3
+    REGRESSION = 4
+    DAMAGED = 5  # our own copy is damaged and the source no longer has the bytes
+
+
+class Compression(IntEnum):
+    NONE = 0
+    GZIP = 1
+    XZ = 2
+    ZSTD = 3
