@@ -4,8 +4,9 @@
     encode(...)                 header and payload as one bytes object
     PacketDecoder().feed(data)  whole frames out of data in any pieces, linear in bytes
 
-Promises: bytes from outside end in frames or in a PacketError that names the byte, never in another exception; a damaged
-length is never followed; the decoder holds at most one frame (16 MiB and its header) and what the last `feed` brought.
+Promises: bytes from outside end in frames or in a PacketError that names the byte, never in another exception; a
+damaged length is never followed; the decoder holds at most one frame (16 MiB and its header) and what the last `feed`
+brought.
 """
 
 from __future__ import annotations
@@ -242,11 +243,6 @@ class PacketDecoder:
         """
         if self._error is not None:
             raise self._error
-        # What was consumed goes once it is the larger part: each byte moves at most twice, so feeding stays linear.
-        if self._at > len(self._buffer) // 2:
-            del self._buffer[: self._at]
-            self._base += self._at
-            self._at = 0
         self._buffer += data
         frames: list[Frame] = []
         try:
@@ -254,6 +250,12 @@ class PacketDecoder:
         except PacketError:
             if not frames:
                 raise
+        if self._at:
+            # What is left came with this feed, so each byte moves once at most and feeding stays linear. A new buffer,
+            # as `del` at the front would keep the room of what was consumed.
+            self._buffer = self._buffer[self._at :]
+            self._base += self._at
+            self._at = 0
         return frames
 
     def close(self) -> None:
@@ -304,7 +306,7 @@ class PacketDecoder:
             yield Frame(start, header, payload)
 
     def _skip_to_magic(self) -> bool:
-        """Move to the next place that may be a header. False: none in the buffer, all but a possible start is passed."""
+        """Move to the next place that may be a header; False: the buffer holds none, and a possible start is kept."""
         found = self._buffer.find(MAGIC, self._at)
         if found >= 0:
             self._at = found

@@ -163,6 +163,11 @@ class Ledger:
             yield f"names a frame of {header.prev_len} bytes before it, found one of {self.prev_len}"
         if header.epoch != self.epoch and header.type not in (FrameType.FILE, FrameType.COMMIT):
             yield f"epoch is {header.epoch:08x}, expected {self.epoch or 0:08x}: bytes of another run"
+        try:
+            _read_payload(frame)
+        except PacketError as exc:
+            yield exc.message
+            return
         state = self.sources.get(header.source_id)
         match header.type:
             case FrameType.LINES | FrameType.PACKETS | FrameType.GAP:
@@ -173,8 +178,9 @@ class Ledger:
                     yield f"defines source {header.source_id}, expected {len(self.sources)}"
                 if header.generation != expected:
                     yield f"source {header.source_id} begins generation {header.generation}, expected {expected}"
-                if header.seq != (0 if state is None else state.next_seq):
-                    yield f"source {header.source_id} begins at line {header.seq}, expected {state and state.next_seq}"
+                next_seq = 0 if state is None else state.next_seq
+                if header.seq != next_seq:
+                    yield f"source {header.source_id} begins at line {header.seq}, expected {next_seq}"
             case FrameType.COMMIT:
                 yield from self._commit_faults(frame)
             case _:
@@ -196,11 +202,15 @@ class Ledger:
             goes_on = bool(header.flags & (Flag.MIDDLE | Flag.LAST))
             if goes_on and not state.open:
                 yield f"{name} goes on a line that is not open"
+            elif goes_on and state.open is EntryFlag.OPEN_LINE and not header.flags & (Flag.LAST | Flag.UNTERMINATED):
+                yield f"{name} goes on a counted line, expected UNTERMINATED or LAST"
             elif not goes_on and state.open is EntryFlag.OPEN_FRAGMENT:
                 yield f"{name} begins a line inside another"
             found = _line_ends(frame.payload, header.flags, state.open)
             if header.count != found:
                 yield f"{name} counts {header.count} lines, found {found}"
+        elif header.type is FrameType.PACKETS and not header.flags and header.count != 1:
+            yield f"{name} counts {header.count} packets, found 1"
 
     def _commit_faults(self, frame: Frame) -> Iterator[str]:
         info = CommitInfo.unpack(frame)
@@ -210,7 +220,12 @@ class Ledger:
             yield f"names a COMMIT at byte {info.previous_commit} before it, found {self.last_commit}"
         if info.total_lines != self.total_lines:
             yield f"counts {info.total_lines} lines in the file, found {self.total_lines}"
-        if not info.full and not self.changed <= {e.source_id for e in info.entries}:
+        if not info.full and self.last_full == NONE_U64:
+            yield "lists changed sources only, expected all in the first COMMIT"
+        listed = {e.source_id for e in info.entries}
+        if info.full and not listed >= self.sources.keys():
+            yield "does not list all sources"
+        elif not self.changed <= listed:
             yield "does not list all changed sources"
         for entry in info.entries:
             state = self.sources.get(entry.source_id)
@@ -253,7 +268,7 @@ class Ledger:
                 state = self.sources.get(header.source_id)
                 if state is not None and gap.end != NONE_U64:
                     state.resume_off = gap.end
-                    state.tail, state.guard_len = b"", 0
+                    state.tail, state.guard_len, state.guard_hash = b"", 0, bytes(DIGEST_BYTES)
                     state.open = EntryFlag.NONE
                 self.changed.add(header.source_id)
             case FrameType.FILE:
@@ -271,6 +286,23 @@ class Ledger:
         self._chain.update(header_bytes)
         self.prev_len, self.epoch = header.frame_len, header.epoch
         self.end = offset + header.frame_len
+
+
+def _read_payload(frame: Frame) -> None:
+    """Raise PacketError where `Ledger.apply` or a reader of the packets would."""
+    match frame.header.type:
+        case FrameType.FILE:
+            FileInfo.unpack(frame)
+        case FrameType.SOURCE:
+            SourceInfo.unpack(frame)
+        case FrameType.COMMIT:
+            CommitInfo.unpack(frame)
+        case FrameType.GAP:
+            GapInfo.unpack(frame)
+        case FrameType.PACKETS:
+            frame.packets()
+        case _:
+            pass
 
 
 def _line_ends(payload: bytes, flags: Flag, before: EntryFlag) -> int:
@@ -316,6 +348,7 @@ def recover(read_at: ReadAt, size: int) -> Recovery:
     Raises:
         PacketError: it does not begin as a packet file; the caller must not touch it. A file whose first frame was
             torn while it was made (only a beginning of one) is an empty packet file.
+        PacketError: a COMMIT, SOURCE or FILE frame that the state needs is damaged; `offset` is where it stands.
     """
     ledger = Ledger()
     start = read_at(0, HEADER_BYTES)
@@ -356,6 +389,8 @@ def _replay(read_at: ReadAt, start: int, size: int) -> Iterator[tuple[Frame, byt
 
 def _frame_at(read_at: ReadAt, offset: int, size: int) -> Frame | None:
     """The valid frame at `offset`, or None."""
+    if offset + HEADER_BYTES > size:  # may come from a payload, and be more than the caller's seek takes
+        return None
     try:
         header = unpack_header(read_at(offset, HEADER_BYTES), offset=offset)
     except PacketError:
@@ -398,6 +433,8 @@ def _commit_at(read_at: ReadAt, data: bytes, at: int, start: int, size: int) -> 
 def _lands_on(read_at: ReadAt, info: CommitInfo, offset: int, size: int) -> bool:
     """Whether walking from the COMMIT before (or the start) lands on `offset`."""
     at = 0 if info.previous_commit == NONE_U64 else info.previous_commit
+    if at >= offset:  # a frame that names itself has landed before it walked
+        return False
     while at < offset:
         try:
             at += unpack_header(read_at(at, HEADER_BYTES), offset=at).frame_len
@@ -410,7 +447,7 @@ def _restore(ledger: Ledger, last: Frame, read_at: ReadAt, size: int) -> None:
     """Set the state as of this COMMIT: entries from the last full one on, the newest of each source wins.
 
     Raises:
-        PacketError: a COMMIT or SOURCE frame that the state needs is damaged.
+        PacketError: a COMMIT, SOURCE or FILE frame that the state needs is damaged.
     """
     entries: dict[int, CommitEntry] = {}
     frame, info = last, CommitInfo.unpack(last)
@@ -446,7 +483,9 @@ def _restore(ledger: Ledger, last: Frame, read_at: ReadAt, size: int) -> None:
             guard_hash=e.guard,
         )
     file_frame = _frame_at(read_at, 0, size)
-    ledger.info = FileInfo.unpack(file_frame) if file_frame else None
+    if file_frame is None:
+        raise PacketError("the FILE frame is damaged", 0)
+    ledger.info = FileInfo.unpack(file_frame)
     ledger.total_lines, ledger.chain, ledger.durable_upto = total, chain, durable
     ledger.last_commit = last.offset
     ledger.prev_len, ledger.epoch = last.header.frame_len, last.header.epoch
