@@ -155,6 +155,10 @@ class LoopThread:
         """Queue a function whose outcome nobody waits for; it must not raise. Errors as for `submit`."""
         self._mailbox.put(Post(function))
 
+    def is_here(self) -> bool:
+        """Whether the calling code runs on this thread."""
+        return get_ident() == self._ident
+
     def stats(self) -> Stats:
         """How the calls fare; from any thread."""
         box = self._mailbox

@@ -133,7 +133,8 @@ def unpack_header(data: Buffer, at: int = 0, *, offset: int = 0) -> Header:
 
 
 _TYPES = {int(t): t for t in FrameType}
-_KNOWN_FLAGS = Flag.FIRST | Flag.MIDDLE | Flag.LAST | Flag.UNTERMINATED | Flag.TABLE
+# An int, because ~ of a Flag is only the other flags that have a name, and an unnamed bit would pass.
+_KNOWN_FLAGS = int(Flag.FIRST | Flag.MIDDLE | Flag.LAST | Flag.UNTERMINATED | Flag.TABLE)
 
 
 @dataclass(slots=True, frozen=True)
@@ -195,6 +196,50 @@ def packets_payload(packets: Sequence[Buffer]) -> tuple[bytes, Flag]:
         return bytes(packets[0]), Flag.NONE
     table = struct.pack(f"<{len(packets)}I", *map(len, packets))
     return table + b"".join(packets), Flag.TABLE
+
+
+@dataclass(slots=True)
+class LinePiece:
+    """The bytes [start, end) for one LINES frame, and the header fields that go with it; `open` is the state behind."""
+
+    start: int
+    end: int
+    flags: Flag
+    count: int
+    open: EntryFlag
+
+
+def line_pieces(
+    data: bytes | bytearray, start: int, end: int, open: EntryFlag, *, ended: bool, limit: int = MAX_PAYLOAD
+) -> Iterator[LinePiece]:
+    """Cut `data[start:end]`, the next bytes of a source, into LINES frames of at most `limit` bytes. Copies nothing.
+
+    Args:
+        open: whether the line before `start` goes on (`SourceState.open`).
+        ended: the source ends here as far as is known, so a rest without a line end is given out too. Otherwise the
+            rest behind the last line end is left, unless it fills a whole frame.
+    """
+    while start < end:
+        window = min(start + limit, end)
+        cut = data.rfind(b"\n", start, window) + 1
+        unterminated = ended and window == end and cut != end
+        if cut and not unterminated:
+            window = cut
+        elif not unterminated and window - start < limit:
+            return
+        count = data.count(b"\n", start, window)
+        if not cut and open is EntryFlag.OPEN_LINE:
+            unterminated = True  # a fragment of a line that was counted when it was first seen
+        if unterminated:
+            flags, after = Flag.UNTERMINATED | (Flag.MIDDLE if open else Flag.NONE), EntryFlag.OPEN_LINE
+            count += 0 if open is EntryFlag.OPEN_LINE else 1
+        elif cut:
+            flags, after = Flag.LAST if open else Flag.NONE, EntryFlag.NONE
+            count -= 1 if open is EntryFlag.OPEN_LINE else 0
+        else:
+            flags, after = Flag.MIDDLE if open else Flag.FIRST, EntryFlag.OPEN_FRAGMENT
+        yield LinePiece(start, window, flags, count, after)
+        start, open = window, after
 
 
 @dataclass(slots=True, frozen=True)

@@ -1,0 +1,362 @@
+"""Packet files for event loops: PacketWriter and PacketReader, each on a thread of its own.
+
+    async with PacketWriter("merged.opk") as sink:
+        await sink.write(b"a line\n", source="web-1")
+
+    async with PacketReader("merged.opk") as reader:
+        async for frame in reader:
+            print(frame.packets())
+
+Promises, beyond those of `packet_file.py`:
+    - Writes of one source stand in the file in the order made; neighbours share frames, so a line costs its bytes.
+    - `write` takes its place at once; over `max_bytes` not yet written, awaiting it waits.
+    - What was written has its COMMIT within `interval` seconds, and by policy its fsync.
+    - Nothing is lost in silence: what the disk refuses reaches the next `write`, `flush` and `aclose` as
+      BrokenResourceError from the OSError. `aclose`, and the interpreter's exit, write what was accepted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self, TypeVar
+
+from ..errors import BrokenResourceError, ClosedResourceError, OffloadError, PacketError
+from ..loops import Call, LoopThread
+from ..packets.codec import Buffer, Frame, SourceInfo, line_pieces, packets_payload
+from ..packets.format import MAX_PAYLOAD, NONE_U32, Compression, FrameType
+from ..packets.recover import SourceState
+from .packet_file import FrameSource, Fsync, PacketFile, Piece
+from .sink import MAX_BYTES, Intake
+
+R = TypeVar("R")
+
+INTERVAL = 0.1
+LINES_BYTES = 1 << 20  # of source in one frame: what a reader holds at once, and how much of a long line waits for more
+
+
+class PacketWriter:
+    """A packet file that any loop or thread can write, on a thread of its own.
+
+    Args:
+        path: made if it is not there; an existing packet file is continued.
+        fsync, written_by: as for PacketFile.
+        max_bytes: bytes that may wait for the disk before `write` makes its caller wait.
+        interval: seconds until what was written has its COMMIT.
+
+    Use it as `async with`, or by `start()` and `aclose()`. What breaks it (`BrokenResourceError` from the OSError)
+    reaches the next `write`, `flush` and `aclose`; the file ends at its last whole frame.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        fsync: Fsync = "interval",
+        max_bytes: int = MAX_BYTES,
+        interval: float = INTERVAL,
+        written_by: str = "offload",
+    ) -> None:
+        self.path = Path(path)
+        self._fsync: Fsync = fsync
+        self._written_by = written_by
+        self._interval = interval
+        self._file: PacketFile | None = None
+        self._error: OSError | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._thread = LoopThread(f"packets {self.path.name}", on_close=self._finish)
+        self._intake: Intake[tuple[str, bytes, bool]] = Intake(self._thread, self._take, max_bytes)
+        self._ids: dict[str, int] = {}
+        self._rests: dict[int, bytearray] = {}  # of each source: bytes behind its last line end, not written yet
+
+    async def start(self) -> Self:
+        """Open the file, on the writer's thread. Raises as PacketFile; PacketError too if it is damaged at its end."""
+        await self._thread.start()
+        try:
+            await self._thread.call(self._open)
+        except BaseException:
+            await self._thread.aclose()
+            raise
+        return self
+
+    def write(self, data: str | Buffer, source: str = "") -> Awaitable[None]:
+        """Append to a source's lines; the place is taken now, awaiting waits for room only.
+
+        Args:
+            data: bytes or text (UTF-8) of the source, verbatim; lines end at LF, and one may come in pieces. A rest
+                without LF waits for its end until `flush` or `aclose`.
+            source: its name in the packet file.
+
+        Raises:
+            ClosedResourceError: closed or not started; nothing was accepted.
+            BrokenResourceError: the disk refused an earlier write.
+        """
+        return self._put(data, source, packet=False)
+
+    def write_packet(self, packet: str | Buffer, source: str = "") -> Awaitable[None]:
+        """Append one packet of any bytes, 0 to 16 MiB, to a source; otherwise as `write`.
+
+        Raises:
+            PacketError: over 16 MiB; nothing was accepted.
+        """
+        return self._put(packet, source, packet=True)
+
+    def flush(self, *, fsync: bool = False) -> Call[None]:
+        """Have everything written so far in the file under a COMMIT; with `fsync` on the disk."""
+        return self._thread.call(self._flush, fsync)
+
+    async def aclose(self) -> None:
+        """Write what was accepted and the last COMMIT, close, end the thread. Cancelling does not shorten it."""
+        await self._thread.aclose()
+
+    async def __aenter__(self) -> Self:
+        return await self.start()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        try:
+            await self.aclose()
+        except BrokenResourceError:
+            if not isinstance(exc, BrokenResourceError):  # otherwise the block knows already
+                raise
+
+    def use(self, function: Callable[[PacketFile], R]) -> Call[R]:
+        """Run a function with the open PacketFile on the writer's thread, behind what was written before.
+
+        What `function` writes gets its COMMIT within the interval. An OSError from it breaks the writer.
+        """
+        return self._thread.call(self._use, function)
+
+    def _put(self, data: str | Buffer, source: str, *, packet: bool) -> Awaitable[None]:
+        if isinstance(data, str):
+            data = data.encode()
+        elif not isinstance(data, bytes):
+            data = bytes(data)
+        if packet and len(data) > MAX_PAYLOAD:
+            raise PacketError(f"packet is {len(data)} bytes, limit is {MAX_PAYLOAD}; use write for long lines", 0)
+        if self._file is None and self._error is None:
+            raise ClosedResourceError(f"{self.path} is not open; use it as `async with`, or await its start()")
+        return self._intake.put((source, data, packet), len(data))
+
+    # --- on the writer's thread -------------------------------------------------------------------------------------
+
+    def _open(self) -> None:
+        file = PacketFile(self.path, fsync=self._fsync, written_by=self._written_by)
+        hole = file.recovery.hole
+        if hole is not None:
+            file.close(broken=True)
+            raise PacketError(
+                f"damaged up to byte {hole.end}, with valid frames behind; keep this file and write to a new one",
+                hole.start,
+            )
+        self._file = file
+
+    def _use(self, function: Callable[[PacketFile], R]) -> R:
+        self._intake.take_all()
+        if self._error is not None:
+            raise self._broken()
+        assert self._file is not None
+        try:
+            return function(self._file)
+        except OSError as exc:
+            self._break(exc)
+            raise self._broken() from exc
+        finally:
+            self._arm()
+
+    def _take(self, batch: list[tuple[str, bytes, bool]]) -> None:
+        if self._error is not None:
+            return
+        assert self._file is not None
+        try:
+            self._file.append(self._pieces(batch))
+        except OSError as exc:
+            self._break(exc)
+        self._arm()
+
+    def _pieces(self, batch: list[tuple[str, bytes, bool]]) -> Iterator[Piece]:
+        """Frames for a batch: neighbours of one source and kind share a frame, so the order of each source stays."""
+        runs: dict[tuple[str, bool], list[bytes]] = {}
+        latest: dict[str, bool] = {}
+        for source, data, packet in batch:
+            if latest.setdefault(source, packet) is not packet:
+                yield from self._run(source, runs.pop((source, not packet)), packet=not packet)
+                latest[source] = packet
+            runs.setdefault((source, packet), []).append(data)
+        for (source, packet), parts in runs.items():
+            yield from self._run(source, parts, packet=packet)
+
+    def _run(self, source: str, parts: list[bytes], *, packet: bool) -> Iterator[Piece]:
+        source_id = self._source_id(source)
+        if not packet:
+            rest = self._rests.pop(source_id, None)
+            data = b"".join([rest, *parts] if rest else parts)
+            yield from self._lines(source_id, data, ended=False)
+            return
+        yield from self._end_line(source_id)
+        at, size = 0, 0
+        for end, part in enumerate(parts):
+            size += len(part) + 4
+            if size > MAX_PAYLOAD and end > at:
+                yield self._packets(source_id, parts[at:end])
+                at, size = end, len(part) + 4
+        yield self._packets(source_id, parts[at:])
+
+    def _lines(self, source_id: int, data: bytes, *, ended: bool) -> Iterator[Piece]:
+        state = self._sources()[source_id]
+        view, at = memoryview(data), 0
+        for piece in line_pieces(data, 0, len(data), state.open, ended=ended, limit=LINES_BYTES):
+            at = piece.end
+            yield Piece(source_id, view[piece.start : piece.end], state.resume_off, piece.count, piece.flags)
+        if at < len(data):
+            self._rests[source_id] = bytearray(view[at:])
+
+    def _end_line(self, source_id: int) -> Iterator[Piece]:
+        rest = self._rests.pop(source_id, None)
+        if rest:
+            yield from self._lines(source_id, bytes(rest), ended=True)
+
+    def _packets(self, source_id: int, packets: Sequence[bytes]) -> Piece:
+        payload, flags = packets_payload(packets)
+        off = self._sources()[source_id].resume_off
+        return Piece(source_id, payload, off, len(packets), flags, FrameType.PACKETS)
+
+    def _sources(self) -> dict[int, SourceState]:
+        assert self._file is not None
+        return self._file.ledger.sources
+
+    def _source_id(self, source: str) -> int:
+        found = self._ids.get(source)
+        if found is None:
+            assert self._file is not None
+            path = os.fsencode(source)
+            state = self._file.source_named(path)
+            if state is not None:
+                found = state.source_id
+            else:
+                found = self._file.open_source(SourceInfo(0, 0, 0, 0, NONE_U32, Compression.NONE, path))
+            self._ids[source] = found
+        return found
+
+    def _flush(self, fsync: bool) -> None:
+        def flush(file: PacketFile) -> None:
+            file.append(piece for source_id in list(self._rests) for piece in self._end_line(source_id))
+            if fsync:
+                file.sync()
+            file.commit()
+
+        self._use(flush)
+
+    def _arm(self) -> None:
+        """See that what was written gets its COMMIT."""
+        file = self._file
+        if self._timer is None and self._error is None and file is not None and file.ledger.changed:
+            self._timer = asyncio.get_running_loop().call_later(self._interval, self._tick)
+
+    def _tick(self) -> None:
+        self._timer = None
+        if self._file is not None and self._error is None:
+            try:
+                self._file.tick()
+            except OSError as exc:
+                self._break(exc)
+
+    def _break(self, error: OSError) -> None:
+        self._error = error
+        self._intake.refuse(self._broken)
+
+    def _finish(self) -> None:
+        file = self._file
+        if file is None:
+            return
+        self._intake.finish(self._closed if self._error is None else self._broken)
+        if self._timer is not None:
+            self._timer.cancel()
+        try:
+            if self._error is None:
+                file.append(piece for source_id in list(self._rests) for piece in self._end_line(source_id))
+                file.close()
+        except OSError as exc:
+            self._error = exc
+        if self._error is not None:
+            file.close(broken=True)
+            raise self._broken()
+
+    def _closed(self) -> OffloadError:
+        return ClosedResourceError(f"{self.path} is closed")
+
+    def _broken(self) -> OffloadError:
+        error = BrokenResourceError(f"{self.path} could not be written: {self._error}")
+        error.__cause__ = self._error
+        return error
+
+
+class PacketReader:
+    """The frames of a packet file as `async for`, read on a thread of their own.
+
+        async with PacketReader("merged.opk") as reader:
+            async for frame in reader:
+                for packet in frame.packets(): ...
+
+    Args:
+        path: a packet file.
+        follow: wait for more at the end, as `tail -f`; a last frame that is not whole is "not yet".
+        poll: seconds between looks while following.
+
+    Raises (from the iteration):
+        PacketError: an invalid frame; without `follow`, also a torn tail.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, follow: bool = False, poll: float = 0.05) -> None:
+        self.path = Path(path)
+        self._follow = follow
+        self._poll = poll
+        self._thread = LoopThread(f"reader {self.path.name}", on_close=self._close)
+        self._source: FrameSource | None = None
+
+    async def start(self) -> Self:
+        """Open the file, on the reader's thread. Raises as `os.open`."""
+        await self._thread.start()
+        try:
+            await self._thread.call(self._open)
+        except BaseException:
+            await self._thread.aclose()
+            raise
+        return self
+
+    async def aclose(self) -> None:
+        """Close the file and end the thread. Cancelling does not shorten it."""
+        await self._thread.aclose()
+
+    async def __aenter__(self) -> Self:
+        return await self.start()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    async def __aiter__(self) -> AsyncIterator[Frame]:
+        source = self._source
+        if source is None:
+            raise ClosedResourceError(f"{self.path} is not open; use it as `async with`, or await its start()")
+        while True:
+            frames = await self._thread.call(source.read)
+            for frame in frames or ():
+                yield frame
+            if frames is None:
+                if not self._follow:
+                    await self._thread.call(source.end)
+                    return
+                await asyncio.sleep(self._poll)
+
+    def _open(self) -> None:
+        self._source = FrameSource(self.path)
+
+    def _close(self) -> None:
+        if self._source is not None:
+            self._source.close()
