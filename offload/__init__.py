@@ -1,1 +1,73 @@
+"""Blocking resources on threads with event loops of their own.
+
+A name is imported when it is first used, so that a program pays for what it takes.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from .errors import BrokenResourceError as BrokenResourceError
+    from .errors import BusyResourceError as BusyResourceError
+    from .errors import ClosedResourceError as ClosedResourceError
+    from .errors import DeadlockError as DeadlockError
+    from .errors import ForkedError as ForkedError
+    from .errors import OffloadError as OffloadError
+    from .errors import PacketError as PacketError
+    from .errors import PacketTooLargeError as PacketTooLargeError
+    from .errors import QueueFullError as QueueFullError
+    from .files.aio import open as open
+    from .files.packet_stream import PacketReader as PacketReader
+    from .files.packet_stream import PacketWriter as PacketWriter
+    from .files.sink import FileSink as FileSink
+    from .loops.call import Call as Call
+    from .loops.call import CallState as CallState
+    from .loops.thread import LoopThread as LoopThread
+    from .loops.thread import Stats as Stats
+    from .merge.engine import Merge as Merge
+    from .merge.sources import Sources as Sources
+
+_WHERE = {
+    # loops
+    "Call": "loops.call",
+    "CallState": "loops.call",
+    "LoopThread": "loops.thread",
+    "Stats": "loops.thread",
+    # files
+    "FileSink": "files.sink",
+    "PacketReader": "files.packet_stream",
+    "PacketWriter": "files.packet_stream",
+    "open": "files.aio",
+    # merge
+    "Merge": "merge.engine",
+    "Sources": "merge.sources",
+    # errors
+    "BrokenResourceError": "errors",
+    "BusyResourceError": "errors",
+    "ClosedResourceError": "errors",
+    "DeadlockError": "errors",
+    "ForkedError": "errors",
+    "OffloadError": "errors",
+    "PacketError": "errors",
+    "PacketTooLargeError": "errors",
+    "QueueFullError": "errors",
+}
+
+__all__ = ["__version__", *_WHERE]  # noqa: PLE0604 - names only
+
+
+def __getattr__(name: str) -> Any:
+    where = _WHERE.get(name)
+    if where is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value = globals()[name] = getattr(import_module(f"{__name__}.{where}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -29,8 +29,19 @@ from typing import Literal, Self
 from zlib import crc32
 
 from ..errors import BusyResourceError
-from ..packets.codec import Buffer, Damage, FileInfo, Frame, GapInfo, Header, PacketDecoder, SourceInfo, pack_header
-from ..packets.format import Flag, FrameType
+from ..packets.codec import (
+    Buffer,
+    Damage,
+    FileInfo,
+    Frame,
+    GapInfo,
+    Header,
+    PacketDecoder,
+    SourceInfo,
+    pack_header,
+    unpack_header,
+)
+from ..packets.format import HEADER_BYTES, Flag, FrameType
 from ..packets.recover import Ledger, Recovery, SourceState, recover
 from .sink import AppendFile
 
@@ -109,6 +120,12 @@ class PacketFile:
     def end(self) -> int:
         """Size of the file in bytes."""
         return self._file.end
+
+    @property
+    def identity(self) -> tuple[int, int]:
+        """Device and inode of the file."""
+        status = os.fstat(self._file.fd)
+        return status.st_dev, status.st_ino
 
     def source_named(self, path: bytes) -> SourceState | None:
         """The source of this path, as it stands now."""
@@ -368,6 +385,22 @@ class FrameSource:
             self._decoder = PacketDecoder(offset=self._at)
             return frames or None
         return frames
+
+    def headers(self) -> Iterator[Frame]:
+        """Every frame from the start, with its payload only where that describes the file: LINES, PACKETS are left out.
+
+        Raises:
+            PacketError: no valid header at this place; a torn tail ends the walk instead.
+        """
+        size, at = self.size(), 0
+        while size - at >= HEADER_BYTES:
+            header = unpack_header(self.read_at(at, HEADER_BYTES), offset=at)
+            if at + header.frame_len > size:
+                return
+            content = header.type in (FrameType.LINES, FrameType.PACKETS)
+            payload = b"" if content else self.read_at(at + HEADER_BYTES, header.payload_len)
+            yield Frame(at, header, payload)
+            at += header.frame_len
 
     def size(self) -> int:
         return os.fstat(self._fd).st_size

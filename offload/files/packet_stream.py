@@ -28,7 +28,7 @@ from ..errors import BrokenResourceError, ClosedResourceError, OffloadError, Pac
 from ..loops import Call, LoopThread
 from ..packets.codec import Buffer, Frame, SourceInfo, line_pieces, packets_payload
 from ..packets.format import MAX_PAYLOAD, NONE_U32, Compression, FrameType
-from ..packets.recover import SourceState
+from ..packets.recover import Recovery, SourceState
 from .packet_file import FrameSource, Fsync, PacketFile, Piece
 from .sink import MAX_BYTES, Intake
 
@@ -46,6 +46,9 @@ class PacketWriter:
         fsync, written_by: as for PacketFile.
         max_bytes: bytes that may wait for the disk before `write` makes its caller wait.
         interval: seconds until what was written has its COMMIT.
+        mend: asked on the writer's thread if the file is damaged behind its last COMMIT with valid frames behind the
+            damage (a power cut can leave that): True says that all of it can be written again, so it is cut off.
+            Otherwise, and without it, opening raises PacketError and leaves the file as it is.
 
     Use it as `async with`, or by `start()` and `aclose()`. What breaks it (`BrokenResourceError` from the OSError)
     reaches the next `write`, `flush` and `aclose`; the file ends at its last whole frame.
@@ -59,8 +62,10 @@ class PacketWriter:
         max_bytes: int = MAX_BYTES,
         interval: float = INTERVAL,
         written_by: str = "offload",
+        mend: Callable[[Recovery], bool] | None = None,
     ) -> None:
         self.path = Path(path)
+        self._mend = mend
         self._fsync: Fsync = fsync
         self._written_by = written_by
         self._interval = interval
@@ -147,7 +152,9 @@ class PacketWriter:
     def _open(self) -> None:
         file = PacketFile(self.path, fsync=self._fsync, written_by=self._written_by)
         hole = file.recovery.hole
-        if hole is not None:
+        if hole is not None and self._mend is not None and self._mend(file.recovery):
+            file.cut_hole()
+        elif hole is not None:
             file.close(broken=True)
             raise PacketError(
                 f"damaged up to byte {hole.end}, with valid frames behind; keep this file and write to a new one",

@@ -33,10 +33,12 @@ import contextvars
 import enum
 import logging
 import threading
+import traceback
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future as ThreadFuture
 from concurrent.futures import InvalidStateError
+from contextlib import suppress
 from time import perf_counter
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -75,8 +77,8 @@ class _Entry(Protocol):
     def port(self) -> Port | None: ...
 
     def work(self) -> Any: ...
-    def settle_later(self, value: Any, error: BaseException | None, *, hold: bool = False) -> bool:
-        """Hand the outcome to the caller, from any thread; False if the caller is gone. `hold`: as for Port.send."""
+    def settle_later(self, value: Any, error: BaseException | None, *, hold: bool = False) -> None:
+        """Hand the outcome to the caller, from any thread. `hold`: as for Port.send."""
 
     def label(self) -> str: ...
 
@@ -113,27 +115,29 @@ class Port:
         """A call was settled or dropped; on the caller's loop."""
         self._under_way -= 1
 
-    def send(self, call: Call[Any], *, hold: bool) -> bool:
-        """Let the caller's loop settle this call; from any thread. False: that loop is closed.
+    def send(self, call: Call[Any], *, hold: bool) -> None:
+        """Let the caller's loop settle this call; from any thread. If that loop is closed, the call is abandoned.
 
         Args:
             hold: `flush` will be called soon, unless a call blocks first.
         """
         self._outbox.append(call)
-        return (hold and self._looking) or self.flush()
+        if not (hold and self._looking):
+            self.flush()
 
-    def flush(self) -> bool:
-        """Wake the caller's loop if outcomes wait for it; from any thread. False: that loop is closed."""
+    def flush(self) -> None:
+        """Wake the caller's loop if outcomes wait for it; from any thread."""
         # `send` appends, then looks at the flag; `_arrive` clears the flag, then takes. So whoever misses the other's
         # step is seen by the other's next one: at worst one wake too many, never one too few.
-        if self._outbox and not self._woken:
+        # A loop that closed after it was woken never clears the flag, so the flag alone would hide that it is gone.
+        if self._outbox and (not self._woken or self.loop.is_closed()):
             self._woken = True
             try:
                 self.loop.call_soon_threadsafe(self._arrive)
             except RuntimeError:
-                self._outbox.clear()
-                return False
-        return True
+                with suppress(IndexError):  # two resources may find the loop closed at the same time
+                    while True:
+                        self._outbox.popleft().abandon()
 
     def _arrive(self) -> None:
         self._woken = False
@@ -142,9 +146,12 @@ class Port:
             outbox.popleft().settle()
 
     def _look(self) -> None:
+        # Cleared before the outcomes are taken: who still sees it set has appended before we take, and who appends
+        # later wakes us. Cleared after, an outcome held in between could wait for a call that blocks.
+        self._looking = False
         self._arrive()
-        self._looking = self._under_way > 1
-        if self._looking:
+        if self._under_way > 1:
+            self._looking = True
             self._interval = min(2 * self._interval, _LAST_LOOK)
             self.loop.call_later(self._interval, self._look)
 
@@ -181,13 +188,13 @@ class Call(asyncio.Future[R]):
 
     __slots__ = (
         "_args",
-        "_cancel_message",
         "_cancelled",
         "_context",
         "_error",
         "_function",
         "_kwargs",
         "_mailbox",
+        "_message",  # not `_cancel_message`: that is asyncio's own, and gather reads it
         "_task",
         "_value",
         "port",
@@ -220,9 +227,17 @@ class Call(asyncio.Future[R]):
         self._function = None
         self._args, self._kwargs = (), {}
 
-    def settle_later(self, value: Any, error: BaseException | None, *, hold: bool = False) -> bool:
+    def settle_later(self, value: Any, error: BaseException | None, *, hold: bool = False) -> None:
         self._value, self._error = value, error
-        return self.port.send(self, hold=hold)
+        self.port.send(self, hold=hold)
+
+    def abandon(self) -> None:
+        """The loop that asked is closed; from any thread."""
+        self.state = _ABANDONED
+        del self._value, self._error
+        self._forget()
+        with self._mailbox.gate:
+            self._mailbox.abandoned += 1
 
     def settle(self) -> None:
         """Become done; on the caller's loop."""
@@ -233,7 +248,7 @@ class Call(asyncio.Future[R]):
         self._value = self._error = None
         self._forget()
         if self._cancelled:
-            super().cancel(self._cancel_message)
+            super().cancel(self._message)
         elif error is None:
             self.set_result(value)
         elif isinstance(error, asyncio.CancelledError):
@@ -253,11 +268,17 @@ class Call(asyncio.Future[R]):
             self._forget()
             self.port.ended()
             return super().cancel(msg)
-        self._cancel_message = msg
+        self._message = msg
         self._cancelled = True
-        if self._task is not None:
-            self._mailbox.wake(self._task.cancel, msg)
+        if self.coroutine:
+            self._mailbox.wake(self._cancel_task)
         return True
+
+    def _cancel_task(self) -> None:
+        # On the resource's loop, where a call that runs has its task since the step in which it began to run. So each
+        # `cancel` reaches the coroutine once; a second time would hit its cleanup.
+        assert self._task is not None, "it runs"
+        self._task.cancel(self._message)
 
 
 class CoroutineCall(Call[R]):
@@ -273,10 +294,16 @@ class CoroutineCall(Call[R]):
         return self._function(*self._args, **self._kwargs)
 
     def started(self, task: asyncio.Task[Any]) -> None:
-        # Set, then look; `cancel` sets its mark, then looks for the task. Neither misses the other.
         self._task = task
-        if self._cancelled:
-            task.cancel(self._cancel_message)
+
+    def stack(self) -> list[str]:
+        """Where the coroutine stands, outermost first, as lines of text; from any thread."""
+        lines: list[str] = []
+        coroutine: Any = self._task and self._task.get_coro()
+        while (frame := getattr(coroutine, "cr_frame", None)) is not None:
+            lines += traceback.format_stack(frame, 1)
+            coroutine = coroutine.cr_await
+        return lines
 
 
 class Submission(Generic[R]):
@@ -303,7 +330,7 @@ class Submission(Generic[R]):
     def label(self) -> str:
         return _label(self._function)
 
-    def settle_later(self, value: Any, error: BaseException | None, *, hold: bool = False) -> bool:
+    def settle_later(self, value: Any, error: BaseException | None, *, hold: bool = False) -> None:
         try:
             if error is None:
                 self.future.set_result(value)
@@ -311,7 +338,6 @@ class Submission(Generic[R]):
                 self.future.set_exception(error)
         except InvalidStateError:
             assert self.future.cancelled(), "nobody else settles it"
-        return True
 
 
 class Post:
@@ -332,11 +358,10 @@ class Post:
     def label(self) -> str:
         return _label(self._function)
 
-    def settle_later(self, value: Any, error: BaseException | None, *, hold: bool = False) -> bool:
+    def settle_later(self, value: Any, error: BaseException | None, *, hold: bool = False) -> None:
         # An OffloadError says that the thread is gone, which everybody who waits for something is told as well.
         if error is not None and not isinstance(error, OffloadError):
             log.error("%s, which nobody waits for, raised", self.label(), exc_info=error)
-        return True
 
 
 class Mailbox:
@@ -360,6 +385,15 @@ class Mailbox:
 
     def __len__(self) -> int:
         return len(self._queue)
+
+    @property
+    def closing(self) -> bool:
+        return self._closing
+
+    @property
+    def busy(self) -> _Entry | None:
+        """The call that keeps the resource: the plain one that runs, else the oldest coroutine."""
+        return self.running or next(iter(list(self._tasks)), None)
 
     def open(self, loop: asyncio.AbstractEventLoop, drained: Callable[[], None]) -> None:
         """Begin; on the resource's loop. `drained` is called there once the mailbox is closed and all calls ended."""
@@ -438,7 +472,8 @@ class Mailbox:
 
     def run_inline(self, entry: _Entry) -> None:
         """Run a call that the resource's own thread made, at once: waiting for its turn could never end."""
-        self.submitted += 1
+        with self.gate:
+            self.submitted += 1
         entry.state = _RUNNING
         outer, self.running = self.running, entry
         self._execute(entry)
@@ -491,19 +526,19 @@ class Mailbox:
         except BaseException as exc:
             error = exc
         self._end(entry, value, error, hold=hold)
+        # Its traceback refers to this frame: together they would keep all that the call had in hand until the next GC.
+        del error
 
     def _end(self, entry: _Entry, value: Any, error: BaseException | None, *, hold: bool = False) -> None:
         if error is not None:
             self.failed += 1
-            if isinstance(error, StopIteration):
-                wrapped = RuntimeError(f"the call raised StopIteration({error.value!r}), which no future can hold")
-                wrapped.__cause__ = error
-                error = wrapped
         if entry.state is _RUNNING:
             entry.state = _FINISHED
-        if not entry.settle_later(value, error, hold=hold):
-            entry.state = _ABANDONED
-            self.abandoned += 1
+        elif entry.state is _DROPPED:  # a Submission, by its future
+            with self.gate:
+                self.dropped += 1
+            return
+        entry.settle_later(value, holdable(error), hold=hold)
 
     async def _drive(self, entry: _Entry) -> None:
         """The task of a coroutine call: runs what stands before its token, then the coroutine."""
@@ -549,6 +584,16 @@ class Mailbox:
                 entry.state = _INTERRUPTED
         if self._tasks.pop(entry, entry) is None:  # otherwise `fail` has resolved it
             self._end(entry, value, error)
+        del error  # as in `_execute`
+
+
+def holdable(error: BaseException | None) -> BaseException | None:
+    """The error as a future takes it: asyncio refuses StopIteration, and whoever waits would wait for ever."""
+    if isinstance(error, StopIteration):
+        wrapped = RuntimeError(f"the call raised StopIteration({error.value!r}), which no future can hold")
+        wrapped.__cause__ = error
+        return wrapped
+    return error
 
 
 async def outlast(future: asyncio.Future[R]) -> R:

@@ -40,7 +40,7 @@ from types import TracebackType
 from typing import Any, NamedTuple, ParamSpec, Self, TypeVar
 
 from ..errors import BrokenResourceError, ClosedResourceError, DeadlockError, ForkedError, OffloadError
-from .call import Call, CoroutineCall, Mailbox, Post, Submission, arrival, outlast, signal
+from .call import Call, CoroutineCall, Mailbox, Post, Submission, arrival, holdable, outlast, signal
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -170,14 +170,18 @@ class LoopThread:
     # --- life -----------------------------------------------------------------------------------------------------
 
     async def start(self) -> Self:
-        """Start the thread and return once its loop runs.
+        """Start the thread and return once its loop runs. Cancelled, it closes the thread again.
 
         Raises:
             BrokenResourceError: the loop could not be made; `__cause__` says why.
-            ClosedResourceError: it was started before.
+            ClosedResourceError: it was started or closed before.
         """
         self._launch()
-        await outlast(arrival(self._ready))
+        try:
+            await outlast(arrival(self._ready))
+        except BaseException:
+            await self.aclose()  # an `async with` that is not entered is not left either
+            raise
         return self
 
     async def aclose(self) -> None:
@@ -191,8 +195,12 @@ class LoopThread:
         """
         if not self._begin_close():
             return
-        await outlast(arrival(self._ended))
-        self._thread.join()  # its last act was to tell us: microseconds
+        ended = arrival(self._ended)
+        try:
+            await outlast(ended)
+        finally:
+            if ended.done():
+                self._thread.join()  # its last act was to tell us: microseconds
 
     def close(self) -> None:
         """As `aclose`, for plain threads: blocks until the thread has ended."""
@@ -211,7 +219,11 @@ class LoopThread:
 
     def __enter__(self) -> Self:
         self._launch()
-        self._ready.result()
+        try:
+            self._ready.result()
+        except BaseException:
+            self.close()
+            raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
@@ -219,29 +231,26 @@ class LoopThread:
 
     def _launch(self) -> None:
         with self._mailbox.gate:
-            if self._launched or self._mailbox.refusal is None:
-                raise ClosedResourceError(f"{self.name!r} was started before; make a new one")
+            if self._launched or self._mailbox.closing:
+                past = "started" if self._launched else "closed"
+                raise ClosedResourceError(f"{self.name!r} was {past} before; make a new one")
             self._launched = True
         _live.add(self)
         try:
             self._thread.start()
         except BaseException:
             _live.discard(self)
+            self._launched = False
             self._mailbox.fail(self._closed)
-            self._ended.set_result(None)
             raise
 
     def _begin_close(self) -> bool:
         """Close the mailbox; False: there is no thread to wait for."""
         if get_ident() == self._ident:
             raise DeadlockError(f"{self.name!r} cannot be closed from its own thread; close it where it was opened")
-        if not self._launched:
+        with self._mailbox.gate:
             self._mailbox.close(self._closed)
-            return False
-        if self._forked():
-            return False
-        self._mailbox.close(self._closed)
-        return True
+            return self._launched and not self._forked()
 
     def _main(self) -> None:
         """The thread."""
@@ -250,13 +259,20 @@ class LoopThread:
         failure: BaseException | None = None
         try:
             with asyncio.Runner(loop_factory=self._loop_factory, debug=self._debug) as runner:
-                failure = runner.run(self._serve())
+                try:
+                    failure = runner.run(self._serve())
+                except BaseException as exc:
+                    cause = exc
+                    # Before the runner cancels the tasks that are left: their callers hear why, not "cancelled".
+                    self._mailbox.fail(lambda: self._broken(cause))
         except BaseException as exc:
-            cause = exc
+            cause = cause or exc
         self._mailbox.fail(self._closed if cause is None else lambda: self._broken(cause))
         if not self._ready.done():
             self._ready.set_exception(self._broken(cause))
         _live.discard(self)
+        # The next thread may get this number, and must not pass for this one.
+        self._ident = None
         # Last: whoever waits goes on from here, and joins us.
         if failure is None:
             self._ended.set_result(None)
@@ -273,7 +289,7 @@ class LoopThread:
             try:
                 self._on_close()
             except BaseException as exc:
-                return exc
+                return holdable(exc)
         return None
 
     def _forked(self) -> bool:
@@ -292,12 +308,11 @@ class LoopThread:
         error.__cause__ = cause
         return error
 
-    def _forked_error(self) -> OffloadError:
-        return ForkedError(f"{self.name!r} belongs to the parent process {_process}; open one in this process")
-
-    def _after_fork(self) -> None:
+    def _after_fork(self, parent: int) -> None:
+        message = f"{self.name!r} belongs to the parent process {parent}; open one in this process"
+        self._ident = None  # if it was this thread that forked, it lives on, its loop does not
         self._mailbox.renew()
-        self._mailbox.fail(self._forked_error)
+        self._mailbox.fail(lambda: ForkedError(message))
         for future in (self._ready, self._ended):
             if not future.done():
                 future.set_result(None)
@@ -317,28 +332,30 @@ def _drain_at_exit(timeout: float = EXIT_TIMEOUT) -> None:
     for thread in threads:
         thread._thread.join(max(0.0, deadline - time.monotonic()))
         if thread._thread.is_alive():
-            running = thread._mailbox.running
+            busy = thread._mailbox.busy
             frame = sys._current_frames().get(thread._thread.ident or 0)
-            stack = "".join(traceback.format_stack(frame)) if frame is not None else ""
+            stack = traceback.format_stack(frame) if frame is not None else []
+            if isinstance(busy, CoroutineCall):
+                stack += ["the coroutine stands at\n", *busy.stack()]
             log.critical(
                 "%r still works %.1f s after the program's end; it is left, and what is queued behind is lost: "
                 "%d calls behind %s\n%s",
                 thread.name,
                 timeout,
                 len(thread._mailbox),
-                running.label() if running else "a coroutine",
-                stack,
+                busy.label() if busy else "on_close",
+                "".join(stack),
             )
         elif thread._ended.done() and (error := thread._ended.exception()) is not None:
             log.critical("%r could not be closed at the program's end", thread.name, exc_info=error)
 
 
 def _mark_forked() -> None:
-    for thread in list(_live):
-        thread._after_fork()
-    _live.clear()
     global _process
-    _process = os.getpid()
+    parent, _process = _process, os.getpid()
+    for thread in list(_live):
+        thread._after_fork(parent)
+    _live.clear()
 
 
 atexit.register(_drain_at_exit)

@@ -240,6 +240,11 @@ class Ledger:
                     f"puts source {entry.source_id} at generation {entry.generation}, byte {entry.resume_off}, line "
                     f"{entry.next_seq}; found {state.generation}, {state.resume_off}, {state.next_seq}"
                 )
+            elif (entry.source_frame, entry.flags) != (state.source_frame, state.open):
+                yield (
+                    f"states source {entry.source_id} with SOURCE at byte {entry.source_frame} and flags "
+                    f"{int(entry.flags)}; found {state.source_frame}, {int(state.open)}"
+                )
 
     def apply(self, header: Header, payload: bytes | memoryview, header_bytes: bytes, offset: int) -> None:
         """Take in the frame at `offset`, whether or not it has faults.

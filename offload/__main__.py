@@ -1,0 +1,5 @@
+"""`python -m offload`."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,362 @@
+"""The merge: a thread that reads many tails, a thread that writes one packet file, and the loop that called for it.
+
+    caller's loop          reader's thread                        writer's thread
+    ─────────────          ───────────────                        ───────────────
+    run() ───────────────► inotify / time ─► dirty tails
+                           Tail.read ─► arena ──── steps ───────► frames, one writev, COMMIT, fsync
+    progress ◄──────────── count           ▲                           │
+    stop() ──────────────►                 └──── arena free again ◄────┘
+
+Promises:
+    - Each source's bytes stand in the packet file once and in order, whatever ends the merge; started again, it goes on
+      where the packet file ends, for nothing else says where that is.
+    - Memory is bounded by the arenas, whatever the sources hold: when all are under way, reading waits for the writer.
+    - One frame for each read of a source, no object for a line.
+    - `stop()` ends it with everything read so far in the file; if it had caught up, with everything there is.
+    - What cannot be read (missing, not allowed) is told in `progress.problems` and does not keep the others waiting.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Self
+
+from ..errors import OffloadError
+from ..files.packet_file import Fsync, PacketFile, Piece
+from ..files.packet_stream import PacketWriter
+from ..files.tail import Arena, Begin, Former, Gap, Resume, Step, Tail, holds, is_former, open_regular
+from ..files.watch import Watch
+from ..loops import Call, LoopThread, outlast
+from ..packets.recover import Recovery
+from .sources import Sources
+
+ARENAS = 4  # one is read into, one is written, and two so that neither waits for the other's hiccup
+PAUSE = 0.001  # between two looks while following: lines that come together share a frame
+_LOOK = 1.0  # seconds between looks at everything, whatever the system reports …
+_LOOK_PER_SOURCE = 0.005  # … more for many sources: looking at one costs some 15 µs
+
+
+@dataclass
+class Progress:
+    """How far a merge is; written by its reader, read by anybody.
+
+    Attributes:
+        sources: files found.
+        lines, bytes: handed to the packet file in this run.
+        gaps: stretches that nobody can read any more.
+        problems: path -> why it is not read.
+        caught_up: everything that was there at the last look is read.
+    """
+
+    sources: int = 0
+    lines: int = 0
+    bytes: int = 0
+    gaps: int = 0
+    problems: dict[str, OSError] = field(default_factory=dict)
+    caught_up: bool = False
+    started: float = field(default_factory=time.monotonic)
+    _tails: list[Tail] = field(default_factory=list)
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.started
+
+    @property
+    def lag_bytes(self) -> int:
+        """Bytes that are in the sources and not read, as of the last look."""
+        return sum(tail.lag for tail in list(self._tails))
+
+
+class Merge:
+    """Merge the lines of many files into one packet file.
+
+        async with Merge(Sources(["logs/"]), "merged.opk") as merge:
+            await merge.run()
+
+    Args:
+        sources: what to read.
+        output: the packet file; one that is there is continued. It is never read as a source.
+        follow: go on with what is added until `stop()`, otherwise end with what is there.
+        fsync: as for PacketFile.
+        poll: look by time, do not trust the system to report changes (network mounts).
+    """
+
+    def __init__(
+        self,
+        sources: Sources,
+        output: str | os.PathLike[str],
+        *,
+        follow: bool = False,
+        fsync: Fsync = "interval",
+        poll: bool = False,
+    ) -> None:
+        self.progress = Progress()
+        self._sources = sources
+        self._output = os.path.abspath(output)
+        self._follow = follow
+        self._poll = poll
+        self._writer = PacketWriter(output, fsync=fsync, mend=_can_be_read_again)
+        self._reader = LoopThread("merge reader")
+        self._tails: dict[str, Tail] = {}
+        self._resumes: dict[str, Resume] = {}
+        self._next_id = 0
+        self._former: Former = {}
+        self._output_identity: tuple[int, int] | None = None
+        self._stopping = False
+        self._wake: asyncio.Event | None = None
+        self._arenas: deque[Arena] = deque()
+        self._under_way: deque[tuple[Call[None], Arena]] = deque()
+        self._strangers: set[str] = set()  # changed paths that are no sources, until the next look
+
+    async def start(self) -> Self:
+        """Open the packet file and learn where it stands. Raises as PacketWriter.start()."""
+        await self._writer.start()
+        try:
+            await self._writer.use(self._learn)
+            await self._reader.start()
+        except BaseException:
+            await self._writer.aclose()
+            raise
+        return self
+
+    async def run(self) -> Progress:
+        """Read until the end of what is there, or while following until `stop()`.
+
+        Raises:
+            BrokenResourceError: the packet file could not be written; it ends with its last whole frame.
+
+        Runs on the merge's threads. Cancelling ends it as soon as what was read is in the file.
+        """
+        self.progress.started = time.monotonic()
+        await self._reader.run(self._engine)
+        return self.progress
+
+    def stop(self) -> None:
+        """End `run()` soon; from any thread, any number of times."""
+        self._stopping = True
+        wake = self._wake
+        if wake is not None:
+            try:
+                self._reader.post(wake.set)
+            except OffloadError:
+                return  # it has ended
+
+    async def aclose(self) -> None:
+        """End both threads and close the packet file."""
+        try:
+            await self._reader.aclose()
+        finally:
+            await self._writer.aclose()
+
+    async def __aenter__(self) -> Self:
+        return await self.start()
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        try:
+            await self.aclose()
+        except OffloadError:
+            if exc is None:  # otherwise the block knows already
+                raise
+
+    # --- on the writer's thread ---------------------------------------------------------------------------------------
+
+    def _learn(self, file: PacketFile) -> None:
+        for state in file.ledger.sources.values():
+            self._resumes[os.fsdecode(state.path)] = Resume(state.info, state.entry())
+        self._next_id = len(file.ledger.sources)
+        self._output_identity = file.identity
+
+    # --- on the reader's thread ---------------------------------------------------------------------------------------
+
+    async def _engine(self) -> None:
+        self._wake = asyncio.Event()
+        self._arenas.extend(Arena() for _ in range(ARENAS))
+        watch = Watch(poll=self._poll) if self._follow else None
+        try:
+            self._scan(watch)
+            caught_up = await self._pass(self._tails.values(), final=watch is None)
+            if watch is not None:
+                caught_up = await self._go_on(watch, caught_up=caught_up)
+                if caught_up:
+                    # Once more, with what came while we stopped, and last lines that have no end yet.
+                    self._stopping = False
+                    self._scan(watch)
+                    await self._pass(self._tails.values(), final=True)
+        finally:
+            # Cancelled or not: a batch that is under way must end before anybody may think that we have.
+            while self._under_way:
+                await self._landed()
+            for tail in self._tails.values():
+                tail.close()
+            if watch is not None:
+                watch.close()
+
+    async def _go_on(self, watch: Watch, *, caught_up: bool) -> bool:
+        """Follow until stopped; return whether everything that was there had been read then."""
+        next_look = 0.0
+        while not self._stopping:
+            while self._under_way and caught_up:
+                await self._landed()
+            await self._wait(watch, max(0.0, next_look - time.monotonic()))
+            changed = watch.take()
+            now = time.monotonic()
+            if changed is None or now >= next_look:
+                next_look = now + max(_LOOK, _LOOK_PER_SOURCE * len(self._tails))
+                self._strangers.clear()
+                self._scan(watch)
+                dirty = list(self._tails.values())
+            else:
+                unknown = {p for p in changed if p not in self._tails} - self._strangers
+                if unknown:
+                    self._strangers |= unknown
+                    self._scan(watch)
+                    changed |= unknown
+                dirty = [self._tails[p] for p in changed if p in self._tails]
+            if dirty:
+                caught_up = await self._pass(dirty, final=False)
+        return caught_up
+
+    async def _wait(self, watch: Watch, longest: float) -> None:
+        assert self._wake is not None
+        await asyncio.sleep(PAUSE)
+        if self._stopping:
+            return
+        changes = asyncio.ensure_future(watch.wait(longest))
+        stop = asyncio.ensure_future(self._wake.wait())
+        try:
+            await asyncio.wait([changes, stop], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in (changes, stop):
+                task.cancel()
+            await asyncio.gather(changes, stop, return_exceptions=True)
+
+    def _scan(self, watch: Watch | None) -> None:
+        """Find files that are not known yet."""
+        if watch is not None:
+            for folder in self._sources.folders():
+                watch.add(folder)
+        files, missing = self._sources.scan()
+        held = {tail.identity for tail in self._tails.values()}
+        for path, status in files.items():
+            identity = (status.st_dev, status.st_ino)
+            if path in self._tails or identity == self._output_identity:
+                continue
+            if identity in held:
+                continue  # a link to a source, or the file that one is still reading under the name it had
+            if identity in self._former and is_former(path, self._former[identity]):
+                continue
+            held.add(identity)
+            resume = self._resumes.get(path)
+            source_id = self._next_id if resume is None else resume.entry.source_id
+            self._next_id += resume is None
+            tail = Tail(path, source_id, resume, follow=self._follow, former=self._former)
+            if resume is None:
+                tail.size = status.st_size
+            self._tails[path] = tail
+            self.progress._tails.append(tail)
+        self.progress.sources = len(self._tails)
+        for path in [p for p in self.progress.problems if p not in self._tails]:
+            del self.progress.problems[path]
+        self.progress.problems.update(missing)
+
+    async def _pass(self, tails: Iterable[Tail], *, final: bool) -> bool:
+        """Read what is there from these tails, an arena each in turn; False if stopped before the end."""
+        queue = deque(tails)
+        arena = await self._free_arena()
+        steps: list[Step] = []
+        stats: dict[int, tuple[int, int]] = {}
+        self.progress.caught_up = False
+        while queue and not self._stopping:
+            tail = queue.popleft()
+            before = len(steps)
+            try:
+                more = tail.read(arena, steps, final=final)
+            except OSError as exc:
+                self._trouble(tail, exc)
+                more = False
+            else:
+                self.progress.problems.pop(tail.path, None)
+            if len(steps) > before:
+                stats[tail.source_id] = (tail.size, tail.mtime_ns)
+            if more:
+                queue.append(tail)
+            elif not self._follow:
+                tail.close()
+            if more or arena.room < len(arena.data) // 16 or len(steps) >= 512:
+                self._send(arena, steps, stats)
+                arena, steps, stats = await self._free_arena(), [], {}
+        self._send(arena, steps, stats)
+        self.progress.caught_up = not queue
+        return not queue
+
+    def _trouble(self, tail: Tail, exc: OSError) -> None:
+        self.progress.problems[tail.path] = exc
+        tail.close()
+
+    def _send(self, arena: Arena, steps: list[Step], stats: dict[int, tuple[int, int]]) -> None:
+        if not steps:
+            arena.at = 0
+            self._arenas.append(arena)
+            return
+        for step in steps:
+            if type(step) is Piece:
+                self.progress.lines += step.count
+                self.progress.bytes += len(step.payload)
+            elif type(step) is Gap:
+                self.progress.gaps += 1
+        call = self._writer.use(lambda file: file.append(_pieces(file, steps), stats))
+        self._under_way.append((call, arena))
+
+    async def _free_arena(self) -> Arena:
+        while not self._arenas:
+            await self._landed()
+        return self._arenas.popleft()
+
+    async def _landed(self) -> None:
+        """Wait for the oldest batch under way."""
+        call, arena = self._under_way.popleft()
+        await outlast(call)  # a batch may not be dropped: those behind it go on where it ends
+        arena.at = 0
+        self._arenas.append(arena)
+
+
+def _pieces(file: PacketFile, steps: Iterable[Step]) -> Iterator[Piece]:
+    for step in steps:
+        if type(step) is Piece:
+            yield step
+        elif type(step) is Begin:
+            source_id = file.open_source(step.info, None if step.first else step.source_id)
+            assert source_id == step.source_id, "the reader numbers sources as the packet file does"
+        elif type(step) is Gap:
+            file.gap(step.source_id, step.info)
+
+
+def _can_be_read_again(recovery: Recovery) -> bool:
+    """Whether the sources still hold everything that stands behind the damage."""
+    wanted: dict[int, int] = {}
+    for header in recovery.behind:
+        state = recovery.ledger.sources.get(header.source_id)
+        if state is None or state.generation != header.generation:
+            return False
+        end = header.source_off + header.payload_len
+        wanted[header.source_id] = max(end, wanted.get(header.source_id, 0))
+    for source_id, end in wanted.items():
+        state = recovery.ledger.sources[source_id]
+        try:
+            fd, status = open_regular(os.fsdecode(state.path))
+        except OSError:
+            return False
+        try:
+            if status.st_size < end or holds(fd, state.entry()) is None:
+                return False
+        finally:
+            os.close(fd)
+    return True
