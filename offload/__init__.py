@@ -56,7 +56,7 @@ _WHERE = {
     "QueueFullError": "errors",
 }
 
-__all__ = ["__version__", *_WHERE]  # noqa: PLE0604 - names only
+__all__ = ["__version__", *_WHERE]
 
 
 def __getattr__(name: str) -> Any:

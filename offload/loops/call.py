@@ -244,7 +244,8 @@ class Call(asyncio.Future[R]):
         if self.done():
             return
         self.port.ended()
-        value, error = self._value, self._error
+        value: Any = self._value
+        error = self._error
         self._value = self._error = None
         self._forget()
         if self._cancelled:
@@ -524,10 +525,8 @@ class Mailbox:
         try:
             value = entry.work()
         except BaseException as exc:
-            error = exc
+            error = _theirs(exc)
         self._end(entry, value, error, hold=hold)
-        # Its traceback refers to this frame: together they would keep all that the call had in hand until the next GC.
-        del error
 
     def _end(self, entry: _Entry, value: Any, error: BaseException | None, *, hold: bool = False) -> None:
         if error is not None:
@@ -579,12 +578,21 @@ class Mailbox:
         try:
             value = await entry.work()
         except BaseException as exc:
-            error = exc
+            error = _theirs(exc)
             if isinstance(exc, asyncio.CancelledError):
                 entry.state = _INTERRUPTED
         if self._tasks.pop(entry, entry) is None:  # otherwise `fail` has resolved it
             self._end(entry, value, error)
-        del error  # as in `_execute`
+
+
+def _theirs(error: BaseException) -> BaseException:
+    """The error without our frames in its traceback: they refer to the call, the call to the error, and such a ring
+    keeps all that the function had in hand until the next garbage collection. Nor do they tell its caller anything."""
+    ours = globals()
+    tb = error.__traceback__
+    while tb is not None and tb.tb_frame.f_globals is ours:
+        tb = tb.tb_next
+    return error.with_traceback(tb)
 
 
 def holdable(error: BaseException | None) -> BaseException | None:

@@ -63,7 +63,7 @@ def verify(path: str | os.PathLike[str], watcher: Watcher = unwatched) -> Verifi
         names = Names(source)
         start = source.read_at(0, 4)
         if not MAGIC.startswith(start[:4]):
-            raise PacketError(f"{os.fspath(path)} is no packet file: it begins with {start!r}", 0)
+            raise PacketError(f"found {start.hex(' ')}, expected the magic {MAGIC.hex(' ')}", 0)
         while (frames := source.read()) is not None:
             for frame in frames:
                 while damages and damages[0].start < frame.offset:

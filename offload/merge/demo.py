@@ -45,8 +45,8 @@ def write_log(path: Path, lines: int, seed: int) -> None:
             line = f"{time.time():.6f} {path.stem} request {number} took {chance.randrange(1, 900)} ms\n".encode()
             cut = len(line) if chance.random() < 0.8 else chance.randrange(1, len(line))
             log.write(line[:cut])
-            if chance.random() < 0.02:
-                time.sleep(chance.random() * 0.05)  # noqa: ASYNC251 - on the writer's own thread
+            if chance.random() < 0.06:
+                time.sleep(chance.random() * 0.05)
             log.write(line[cut:])
 
 
@@ -63,17 +63,17 @@ async def demo(folder: Path, *, lines: int = 2000) -> AsyncIterator[str]:
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(merge)
         running = asyncio.ensure_future(merge.run())
-        writers = [await stack.enter_async_context(LoopThread(f"program {name}")) for name in NAMES]
-        written = asyncio.gather(
-            *(t.call(write_log, logs / f"{name}.log", lines, i) for i, (t, name) in enumerate(zip(writers, NAMES, strict=True)))
-        )
+        programs = [(name, await stack.enter_async_context(LoopThread(f"program {name}"))) for name in NAMES]
+        calls = [t.call(write_log, logs / f"{name}.log", lines, i) for i, (name, t) in enumerate(programs)]
+        written = asyncio.ensure_future(asyncio.wait(calls))
         started = time.monotonic()
-        while not written.done():
+        while not written.done() and not running.done():
             await asyncio.wait([written, running], timeout=0.5, return_when=asyncio.FIRST_COMPLETED)
-            if running.done():
-                break
-            yield f"  {time.monotonic() - started:4.1f} s  {merge.progress.sources} sources, {merge.progress.lines:6} lines merged"
+            seconds, now = time.monotonic() - started, merge.progress
+            yield f"  {seconds:4.1f} s  {now.sources} sources, {now.lines:6} lines merged"
         await written
+        for call in calls:
+            call.result()
         merge.stop()
         progress = await running
     yield f"Merged: {progress.lines} lines, {progress.bytes} bytes."

@@ -62,10 +62,15 @@ class Progress:
     caught_up: bool = False
     started: float = field(default_factory=time.monotonic)
     _tails: list[Tail] = field(default_factory=list)
+    _ended: float = 0.0
 
     @property
     def seconds(self) -> float:
-        return time.monotonic() - self.started
+        """How long the run has taken."""
+        return (self._ended or time.monotonic()) - self.started
+
+    def ended(self) -> None:
+        self._ended = time.monotonic()
 
     @property
     def lag_bytes(self) -> int:
@@ -134,7 +139,10 @@ class Merge:
         Runs on the merge's threads. Cancelling ends it as soon as what was read is in the file.
         """
         self.progress.started = time.monotonic()
-        await self._reader.run(self._engine)
+        try:
+            await self._reader.run(self._engine)
+        finally:
+            self.progress.ended()
         return self.progress
 
     def stop(self) -> None:

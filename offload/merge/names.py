@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
 from pathlib import PurePath
 
@@ -58,6 +58,12 @@ class Names:
 
     def __getitem__(self, source_id: int) -> str:
         return self._names.get(source_id) or f"source {source_id}"
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(list(self._names))
+
+    def __len__(self) -> int:
+        return len(self._names)
 
     def all(self) -> list[str]:
         return list(self._names.values())
