@@ -170,7 +170,9 @@ def merge(
     problems = {path: _reason(exc) for path, exc in sorted(progress.problems.items())}
     for path, reason in problems.items():
         _say(f"{path}: {reason}")
-    complete = not problems and (follow or not stopped)
+    # Followed, a name or glob without a file yet is no failure: it may come tomorrow.
+    failed = [e for e in progress.problems.values() if not (follow and isinstance(e, FileNotFoundError))]
+    complete = not failed and (follow or not stopped)
     if as_json:
         summary = {
             "output": os.fspath(output),
@@ -243,7 +245,7 @@ def _on_signals(stop: Callable[[], None]) -> Iterator[None]:
         for number in numbers:
             loop.add_signal_handler(number, stop)
     except NotImplementedError:  # Windows
-        before = [signal.signal(n, lambda *_: loop.call_soon_threadsafe(stop) and None) for n in numbers]
+        before = [signal.signal(n, lambda *_: stop()) for n in numbers]
         try:
             yield
         finally:
