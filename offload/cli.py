@@ -6,7 +6,6 @@ What a command needs is imported when it runs, so that `offload --version` start
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 import os
@@ -25,6 +24,8 @@ from . import __version__
 from .errors import BrokenResourceError, BusyResourceError, OffloadError, PacketError
 
 if TYPE_CHECKING:
+    import asyncio
+
     from .merge.engine import Merge, Progress
 
 OK, NOT_ALL, USAGE, BAD_FILE, NO_OUTPUT, BUSY = 0, 1, 2, 3, 4, 5
@@ -166,6 +167,8 @@ def merge(
 
     Started again on the same output it goes on where it was, whatever ended it: the state is in the packet file.
     """
+    import asyncio
+
     progress, stopped = asyncio.run(_merge(paths, output, follow=follow, fsync=fsync, poll=poll, quiet=quiet))
     problems = {path: _reason(exc) for path, exc in sorted(progress.problems.items())}
     for path, reason in problems.items():
@@ -196,6 +199,8 @@ def merge(
 async def _merge(
     paths: list[str], output: Path, *, follow: bool, fsync: FsyncChoice, poll: bool, quiet: bool
 ) -> tuple[Progress, bool]:
+    import asyncio
+
     from .merge.engine import Merge
     from .merge.sources import Sources
 
@@ -239,6 +244,8 @@ async def _merge(
 @contextlib.contextmanager
 def _on_signals(stop: Callable[[], None]) -> Iterator[None]:
     """Call `stop` for Ctrl-C and SIGTERM instead of what they do otherwise."""
+    import asyncio
+
     loop = asyncio.get_running_loop()
     numbers = [signal.SIGINT, signal.SIGTERM]
     try:
@@ -261,6 +268,8 @@ def _on_signals(stop: Callable[[], None]) -> Iterator[None]:
 
 async def _show(engine: Merge, running: asyncio.Future[Progress], *, follow: bool) -> None:
     """The status line, until the merge has ended."""
+    import asyncio
+
     from rich.console import Console
     from rich.live import Live
     from rich.text import Text
@@ -486,6 +495,7 @@ def demo(
     ] = None,
 ) -> None:
     """Five programs write logs, one packet file takes them in, and a proof that nothing is lost: some ten seconds."""
+    import asyncio
     import tempfile
 
     from .merge.demo import clear
