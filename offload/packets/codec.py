@@ -157,13 +157,15 @@ class Frame:
         return [line + b"\n" for line in whole] + ([rest] if rest else [])
 
     def packets(self) -> list[bytes]:
-        """The packets of a PACKETS frame, or the lines of a LINES frame.
+        """The packets of a PACKETS frame, or the lines of a LINES frame; none in a frame that describes the file.
 
         Raises:
             PacketError: the table of lengths does not fit the payload.
         """
         if self.header.type is FrameType.LINES:
             return self.lines()
+        if self.header.type is not FrameType.PACKETS:
+            return []
         if not self.header.flags & Flag.TABLE:
             return [self.payload]
         count = self.header.count
@@ -303,23 +305,30 @@ class PacketDecoder:
             self._at = 0
         return frames
 
-    def close(self) -> None:
+    def close(self) -> list[Frame]:
         """Say that no more bytes come.
+
+        Returns:
+            With `on_damage`, whole frames that stand in what a header before them claims as its payload while the file
+            ends before that payload does. Damage may leave such a header, and so may text that looks like one. (Behind
+            a sound header they are its own payload, torn: `recover` tells the two apart.)
 
         Raises:
             PacketError: the last frame is not whole (a torn tail), and no `on_damage`.
         """
         if self._error is not None:
             raise self._error
-        if self._damage is not None:
-            self._end_damage(self._base + len(self._buffer))
-        elif self.pending:
+        frames: list[Frame] = []
+        while self._header is not None or (self.pending and self._damage is None):
             need = self._header.frame_len if self._header else HEADER_BYTES
             self._fail(f"torn tail: {self.pending} bytes of a frame of at least {need}")
-            if self._damage is not None:
-                self._end_damage(self._base + len(self._buffer))
+            self._header = None
+            self._at += 1
+            frames.extend(self._frames())
+        if self._damage is not None:
+            self._end_damage(self._base + len(self._buffer))
         self._at = len(self._buffer)
-        self._header = None
+        return frames
 
     def _frames(self) -> Iterator[Frame]:
         while len(self._buffer) - self._at >= HEADER_BYTES:
@@ -397,18 +406,24 @@ class SourceInfo(NamedTuple):
     inode: int
     birth_ns: int
     start_off: int
-    predecessor: int
     compression: Compression
     path: bytes
+    before: CommitEntry | None = None
+    """How the generation before ended; None in a source's first one, and there only."""
 
     def pack(self) -> bytes:
-        return SOURCE_STRUCT.pack(*self[:6]) + self.path
+        before = b"" if self.before is None else ENTRY_STRUCT.pack(*self.before)
+        return SOURCE_STRUCT.pack(*self[:5]) + before + self.path
 
     @classmethod
     def unpack(cls, frame: Frame) -> SourceInfo:
-        device, inode, birth, start, predecessor, compression = _unpack(SOURCE_STRUCT, frame, "SOURCE")
+        device, inode, birth, start, compression = _unpack(SOURCE_STRUCT, frame, "SOURCE")
         kind = _enum(Compression, compression, frame, "compression")
-        return cls(device, inode, birth, start, predecessor, kind, frame.payload[SOURCE_STRUCT.size :])
+        at, before = SOURCE_STRUCT.size, None
+        if frame.header.generation:
+            before = CommitEntry.make(_unpack(ENTRY_STRUCT, frame, "SOURCE", at))
+            at += ENTRY_STRUCT.size
+        return cls(device, inode, birth, start, kind, frame.payload[at:], before)
 
 
 class GapInfo(NamedTuple):
@@ -440,6 +455,11 @@ class CommitEntry(NamedTuple):
     head: bytes
     guard: bytes
 
+    @classmethod
+    def make(cls, fields: tuple[Any, ...]) -> CommitEntry:
+        """From what ENTRY_STRUCT gives."""
+        return cls._make((*fields[:9], EntryFlag(fields[9]), *fields[10:]))
+
 
 class CommitInfo(NamedTuple):
     durable_upto: int
@@ -461,19 +481,16 @@ class CommitInfo(NamedTuple):
         expected = COMMIT_STRUCT.size + count * ENTRY_STRUCT.size
         if len(frame.payload) != expected:
             raise PacketError(f"COMMIT payload is {len(frame.payload)} bytes, expected {expected}", frame.offset)
-        entries = tuple(
-            CommitEntry._make((*e[:9], EntryFlag(e[9]), *e[10:]))
-            for e in ENTRY_STRUCT.iter_unpack(memoryview(frame.payload)[COMMIT_STRUCT.size :])
-        )
-        return cls(durable, previous, total, chain, bool(full), entries)
+        entries = map(CommitEntry.make, ENTRY_STRUCT.iter_unpack(memoryview(frame.payload)[COMMIT_STRUCT.size :]))
+        return cls(durable, previous, total, chain, bool(full), tuple(entries))
 
 
-def _unpack(layout: struct.Struct, frame: Frame, what: str) -> tuple[Any, ...]:
-    if len(frame.payload) < layout.size:
+def _unpack(layout: struct.Struct, frame: Frame, what: str, at: int = 0) -> tuple[Any, ...]:
+    if len(frame.payload) < at + layout.size:
         raise PacketError(
-            f"{what} payload is {len(frame.payload)} bytes, expected at least {layout.size}", frame.offset
+            f"{what} payload is {len(frame.payload)} bytes, expected at least {at + layout.size}", frame.offset
         )
-    return layout.unpack_from(frame.payload)
+    return layout.unpack_from(frame.payload, at)
 
 
 _E = TypeVar("_E", Compression, GapReason)

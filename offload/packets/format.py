@@ -30,19 +30,21 @@ Lines that do not end in their frame:
     UNTERMINATED          the source ended inside this line when it was read. It counts as a line (it may be the last
                           one ever), so a rest that appears later comes as MIDDLE|UNTERMINATED or LAST and counts 0.
     A new generation ends an open line. In a FIRST..MIDDLE run that ends UNTERMINATED, that last piece counts 1.
+    Of these flags only MIDDLE and UNTERMINATED stand together.
 
 Payloads (STRUCT below, then the variable part):
     FILE     file id, segment number, chain of the segment before; then what wrote it, UTF-8.
-    SOURCE   device, inode, birth time (0: unknown), start offset, compression, predecessor (generation before this
-             one, or NONE_U32); then the path's bytes. Written when a source or a generation of it begins.
+    SOURCE   device, inode, birth time (0: unknown), start offset, compression; in a generation over 0 an entry as in
+             COMMIT, which says how the generation before ended; then the path's bytes. Written when a source or a
+             generation of it begins.
     LINES    the source's bytes, verbatim.
     PACKETS  one packet, or with TABLE `count` u32 lengths and then the packets' bytes. `source_off` counts the bytes
              of the packets alone.
-    COMMIT   durable_upto, offset of the COMMIT before (NONE_U64: first), lines in the file so far, chain, entries,
-             whether it lists all sources; then an entry for each source changed since the COMMIT before (all of them
-             every 64 MiB).
-    GAP      source range [from, to) that nobody can recover (to NONE_U64: unknown), best count of lines (NONE_U64:
-             unknown), reason. Bytes that are lost are stated, never passed over.
+    COMMIT   durable_upto (at most its own offset), offset of the COMMIT before (NONE_U64: first), lines in the file so
+             far, chain, entries, whether it lists all sources; then an entry for each source changed since the COMMIT
+             before (all of them every 64 MiB).
+    GAP      source range [from, to) that nobody can recover (from: as `source_off`; to NONE_U64: unknown), best count
+             of lines (NONE_U64: unknown), reason. Bytes that are lost are stated, never passed over.
 
 A COMMIT's entry holds all that a writer needs to go on: generation, resume offset, next seq, size and mtime, hash and
 length of the head (first bytes, at most HEAD_BYTES) and of the tail guard (bytes before the resume offset, at most
@@ -54,6 +56,10 @@ What building changed in the first draft of this page, before the first golden f
     - COMMIT points back to the COMMIT before and to the SOURCE frames, and the guard states its length, so that
       recovery reads a few frames from the end however large the file is.
     - UNTERMINATED can be continued (see above): a file read by `merge` twice keeps its lines whole.
+    - SOURCE holds the last entry of the generation before, not its number, which is always one less. Walking back from
+      a source's newest SOURCE frame over `source_frame` gives every earlier generation's device, inode, end, head and
+      guard. So a rotated file that a glob finds again under its new name (app.log.1) is known after a restart, and is
+      not read twice.
 """
 
 from __future__ import annotations
@@ -69,7 +75,6 @@ HEADER_CRC = struct.Struct("<I")
 HEADER_CRC_AT = HEADER_BYTES - HEADER_CRC.size
 MAX_PAYLOAD = 16 << 20
 
-NONE_U32 = 0xFFFF_FFFF
 NONE_U64 = 0xFFFF_FFFF_FFFF_FFFF
 
 HEAD_BYTES = 1024
@@ -77,7 +82,7 @@ GUARD_BYTES = 256
 DIGEST_BYTES = 16
 
 FILE_STRUCT = struct.Struct("<16sI32s")
-SOURCE_STRUCT = struct.Struct("<QQQQIB3x")
+SOURCE_STRUCT = struct.Struct("<QQQQB7x")
 COMMIT_STRUCT = struct.Struct("<QQQ32sIB3x")
 ENTRY_STRUCT = struct.Struct("<IIQQQQQHHI16s16s")
 GAP_STRUCT = struct.Struct("<QQQB7x")

@@ -12,13 +12,15 @@ caller gives it `read_at`; nothing here opens a file.
                       └──────────────────────┴── previous_commit ─┘
 
 A log line may hold bytes that look like a COMMIT. One is believed only if walking frame by frame from the COMMIT that
-it names as the one before lands on it, and such a walk jumps over payloads. (Who can read the packet file and write
-into a log can still forge a whole chain of them in one line; `verify`, which reads from the start, is not misled.)
+it names as the one before lands on it, and such a walk jumps over payloads. Lines full of them cost recovery one walk
+over all headers and little more. (Who can read the packet file and write into a log can still forge a whole chain of
+them in one line; `verify`, which reads from the start, is not misled.)
 """
 
 from __future__ import annotations
 
 import hashlib
+from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from zlib import crc32
@@ -36,7 +38,9 @@ from .codec import (
     unpack_header,
 )
 from .format import (
+    COMMIT_STRUCT,
     DIGEST_BYTES,
+    ENTRY_STRUCT,
     FULL_COMMIT_BYTES,
     GUARD_BYTES,
     HEAD_BYTES,
@@ -52,6 +56,23 @@ ReadAt = Callable[[int, int], bytes]
 """(offset, length) -> at most that many bytes; fewer only at the end of the file."""
 
 _WINDOW = 1 << 20  # bytes read at once while scanning
+_COMMIT_BYTES = HEADER_BYTES + COMMIT_STRUCT.size  # of a COMMIT without entries
+# What looking for the last COMMIT may spend on walks, in headers read or 4 KiB of a payload; some seconds. Twice what a
+# true COMMIT can need, for the writer puts one behind 16 MiB, which hold half as many frames if all are empty.
+_EFFORT = 1 << 19
+
+# Of the flags that a frame of this type may have, those that may stand together.
+_FLAGS = {
+    FrameType.LINES: (
+        Flag.NONE,
+        Flag.FIRST,
+        Flag.MIDDLE,
+        Flag.LAST,
+        Flag.UNTERMINATED,
+        Flag.MIDDLE | Flag.UNTERMINATED,
+    ),
+    FrameType.PACKETS: (Flag.NONE, Flag.TABLE),
+}
 
 
 def digest(data: bytes) -> bytes:
@@ -135,7 +156,8 @@ class Ledger:
     last_full: int = NONE_U64
     durable_upto: int = 0
     changed: set[int] = field(default_factory=set)  # sources since the last COMMIT
-    _chain: hashlib._Hash = field(default_factory=lambda: hashlib.sha256(bytes(32)))  # with the frames since
+    # With the frames since. No part of what two ledgers compare: a hash object equals none but itself.
+    _chain: hashlib._Hash = field(default_factory=lambda: hashlib.sha256(bytes(32)), compare=False)
 
     def next_chain(self) -> bytes:
         """The chain that a COMMIT written now must state."""
@@ -181,6 +203,11 @@ class Ledger:
                 next_seq = 0 if state is None else state.next_seq
                 if header.seq != next_seq:
                     yield f"source {header.source_id} begins at line {header.seq}, expected {next_seq}"
+                before = SourceInfo.unpack(frame).before
+                if before is not None and before.source_id != header.source_id:
+                    yield f"source {header.source_id} has the end of source {before.source_id} before it"
+                elif before is not None and state is not None:
+                    yield from _entry_faults(before, state)
             case FrameType.COMMIT:
                 yield from self._commit_faults(frame)
             case _:
@@ -198,7 +225,9 @@ class Ledger:
             yield f"{name} is at line {header.seq}, expected {state.next_seq}"
         if header.source_off != state.resume_off:
             yield f"{name} is at its byte {header.source_off}, expected {state.resume_off}"
-        if header.type is FrameType.LINES:
+        if header.flags not in _FLAGS.get(header.type, (header.flags,)):
+            yield f"{name} has {header.type.name} with flags {int(header.flags):#x}, which do not stand together"
+        elif header.type is FrameType.LINES:
             goes_on = bool(header.flags & (Flag.MIDDLE | Flag.LAST))
             if goes_on and not state.open:
                 yield f"{name} goes on a line that is not open"
@@ -206,11 +235,19 @@ class Ledger:
                 yield f"{name} goes on a counted line, expected UNTERMINATED or LAST"
             elif not goes_on and state.open is EntryFlag.OPEN_FRAGMENT:
                 yield f"{name} begins a line inside another"
+            elif not goes_on and state.open is EntryFlag.OPEN_LINE:
+                yield f"{name} begins a line inside one that was counted, expected MIDDLE or LAST"
             found = _line_ends(frame.payload, header.flags, state.open)
             if header.count != found:
                 yield f"{name} counts {header.count} lines, found {found}"
         elif header.type is FrameType.PACKETS and not header.flags and header.count != 1:
             yield f"{name} counts {header.count} packets, found 1"
+        elif header.type is FrameType.GAP:
+            gap = GapInfo.unpack(frame)
+            if gap.start != header.source_off:
+                yield f"{name} has a gap from its byte {gap.start}, expected {header.source_off}"
+            if gap.end < gap.start:
+                yield f"{name} has a gap from its byte {gap.start} back to {gap.end}"
 
     def _commit_faults(self, frame: Frame) -> Iterator[str]:
         info = CommitInfo.unpack(frame)
@@ -220,6 +257,8 @@ class Ledger:
             yield f"names a COMMIT at byte {info.previous_commit} before it, found {self.last_commit}"
         if info.total_lines != self.total_lines:
             yield f"counts {info.total_lines} lines in the file, found {self.total_lines}"
+        if info.durable_upto > frame.offset:
+            yield f"says that the file is on the disk up to byte {info.durable_upto}, expected {frame.offset} at most"
         if not info.full and self.last_full == NONE_U64:
             yield "lists changed sources only, expected all in the first COMMIT"
         listed = {e.source_id for e in info.entries}
@@ -231,20 +270,14 @@ class Ledger:
             state = self.sources.get(entry.source_id)
             if state is None:
                 yield f"lists source {entry.source_id}, which has no SOURCE frame"
-            elif (entry.generation, entry.resume_off, entry.next_seq) != (
-                state.generation,
-                state.resume_off,
-                state.next_seq,
-            ):
-                yield (
-                    f"puts source {entry.source_id} at generation {entry.generation}, byte {entry.resume_off}, line "
-                    f"{entry.next_seq}; found {state.generation}, {state.resume_off}, {state.next_seq}"
-                )
-            elif (entry.source_frame, entry.flags) != (state.source_frame, state.open):
-                yield (
-                    f"states source {entry.source_id} with SOURCE at byte {entry.source_frame} and flags "
-                    f"{int(entry.flags)}; found {state.source_frame}, {int(state.open)}"
-                )
+            else:
+                yield from _entry_faults(entry, state)
+
+    def may_follow(self, header: Header) -> bool:
+        """Whether a frame of this run, or the first of a new one, has this header; its payload may not be there."""
+        new = header.type in (FrameType.FILE, FrameType.COMMIT)
+        first = header.type is FrameType.FILE
+        return first == (self.info is None) and header.prev_len == self.prev_len and (new or header.epoch == self.epoch)
 
     def apply(self, header: Header, payload: bytes | memoryview, header_bytes: bytes, offset: int) -> None:
         """Take in the frame at `offset`, whether or not it has faults.
@@ -291,6 +324,20 @@ class Ledger:
         self._chain.update(header_bytes)
         self.prev_len, self.epoch = header.frame_len, header.epoch
         self.end = offset + header.frame_len
+
+
+def _entry_faults(entry: CommitEntry, state: SourceState) -> Iterator[str]:
+    found = state.generation, state.resume_off, state.next_seq
+    if (entry.generation, entry.resume_off, entry.next_seq) != found:
+        yield (
+            f"puts source {entry.source_id} at generation {entry.generation}, byte {entry.resume_off}, line "
+            f"{entry.next_seq}; found {state.generation}, {state.resume_off}, {state.next_seq}"
+        )
+    elif (entry.source_frame, entry.flags) != (state.source_frame, state.open):
+        yield (
+            f"states source {entry.source_id} with SOURCE at byte {entry.source_frame} and flags "
+            f"{int(entry.flags)}; found {state.source_frame}, {int(state.open)}"
+        )
 
 
 def _read_payload(frame: Frame) -> None:
@@ -362,12 +409,12 @@ def recover(read_at: ReadAt, size: int) -> Recovery:
     first = unpack_header(start)
     if first.type is not FrameType.FILE:
         raise PacketError(f"found a {first.type.name} frame, expected FILE: no packet file, or not its start", 0)
-    commit = _last_commit(read_at, size)
+    commit = _Search(read_at, size).run()
     if commit is not None:
         _restore(ledger, commit, read_at, size)
     behind: list[Header] = []
     hole_end = 0
-    for frame, raw in _replay(read_at, ledger.end, size):
+    for frame, raw in _replay(read_at, ledger, size):
         if not hole_end and frame.offset == ledger.end and not any(ledger.faults(frame)):
             ledger.apply(frame.header, frame.payload, raw, frame.offset)
             continue
@@ -379,10 +426,10 @@ def recover(read_at: ReadAt, size: int) -> Recovery:
     return Recovery(ledger, size - ledger.end, Hole(ledger.end, hole_end), tuple(behind))
 
 
-def _replay(read_at: ReadAt, start: int, size: int) -> Iterator[tuple[Frame, bytes]]:
-    """Every valid frame from `start` on, over any damage, with its header's bytes."""
-    decoder = PacketDecoder(offset=start, on_damage=lambda damage: None)
-    at = start
+def _replay(read_at: ReadAt, ledger: Ledger, size: int) -> Iterator[tuple[Frame, bytes]]:
+    """Every valid frame behind the ledger's end, over any damage, with its header's bytes."""
+    at = ledger.end
+    decoder = PacketDecoder(offset=at, on_damage=lambda damage: None)
     while at < size:
         data = read_at(at, min(_WINDOW, size - at))
         if not data:
@@ -390,62 +437,150 @@ def _replay(read_at: ReadAt, start: int, size: int) -> Iterator[tuple[Frame, byt
         at += len(data)
         for frame in decoder.feed(data):
             yield frame, read_at(frame.offset, HEADER_BYTES)
+    torn = decoder.offset == ledger.end and decoder.pending >= HEADER_BYTES
+    if torn and ledger.may_follow(unpack_header(read_at(ledger.end, HEADER_BYTES))):
+        # The next frame: what looks like frames in it is its own payload, such as a packet file that is merged. Nothing
+        # else can stand behind its header, as a file that is only ever appended to ends where it was torn.
+        return
+    for frame in decoder.close():
+        yield frame, read_at(frame.offset, HEADER_BYTES)
 
 
-def _frame_at(read_at: ReadAt, offset: int, size: int) -> Frame | None:
-    """The valid frame at `offset`, or None."""
+def generations(read_at: ReadAt, size: int, state: SourceState) -> Iterator[tuple[SourceInfo, CommitEntry]]:
+    """The earlier generations of a source, newest first: which file it was, and how far it was read.
+
+    A generation whose SOURCE frame is damaged ends the walk, as nothing leads to those before it.
+    """
+    info, at = state.info, state.source_frame
+    generation = state.generation
+    while info.before is not None:
+        before = info.before
+        if (before.source_id, before.generation) != (state.source_id, generation - 1) or before.source_frame >= at:
+            return
+        frame = _frame_at(read_at, before.source_frame, size, FrameType.SOURCE)
+        if frame is None or (frame.header.source_id, frame.header.generation) != (state.source_id, generation - 1):
+            return
+        try:
+            info = SourceInfo.unpack(frame)
+        except PacketError:
+            return
+        yield info, before
+        at, generation = frame.offset, generation - 1
+
+
+def _frame_at(read_at: ReadAt, offset: int, size: int, type: FrameType) -> Frame | None:
+    """The valid frame of this type at `offset`, or None."""
     if offset + HEADER_BYTES > size:  # may come from a payload, and be more than the caller's seek takes
         return None
     try:
         header = unpack_header(read_at(offset, HEADER_BYTES), offset=offset)
     except PacketError:
         return None
-    if offset + header.frame_len > size:
+    if header.type is not type or offset + header.frame_len > size:
         return None
     payload = read_at(offset + HEADER_BYTES, header.payload_len)
     return Frame(offset, header, payload) if crc32(payload) == header.payload_crc else None
 
 
-def _last_commit(read_at: ReadAt, size: int) -> Frame | None:
-    """The last COMMIT that the file's own structure confirms, searched from the end."""
-    end = size
-    while end > 0:
-        start = max(0, end - _WINDOW)
-        data = read_at(start, min(end + HEADER_BYTES, size) - start)
-        at = data.rfind(MAGIC, 0, end - start + len(MAGIC) - 1)
-        while at >= 0:
-            frame = _commit_at(read_at, data, at, start, size)
-            if frame is not None:
-                return frame
-            at = data.rfind(MAGIC, 0, at + len(MAGIC) - 1)
-        end = start
-    return None
+class _Search:
+    """For the last COMMIT that the file's own structure confirms, from the end.
 
+    A COMMIT is confirmed by a walk over headers from the COMMIT before it, as most need a few steps that way. Text that
+    looks like COMMITs could ask for such a walk every 128 bytes, and for a payload of 16 MiB to be read at its end. So
+    _EFFORT bounds what is spent on that in all. Where it is used up, and where a COMMIT says that it is the first, one
+    walk from the file's start reads each header once and answers for every COMMIT that it comes over.
+    """
 
-def _commit_at(read_at: ReadAt, data: bytes, at: int, start: int, size: int) -> Frame | None:
-    if data[at + 5 : at + 6] != bytes([FrameType.COMMIT]):
+    def __init__(self, read_at: ReadAt, size: int) -> None:
+        self._read_at = read_at
+        self._size = size
+        self._effort = _EFFORT
+        self._border = 0  # which frames there are before this byte is known from the walk from the start
+        self._commits = array("Q")  # those that it came over
+
+    def run(self) -> Frame | None:
+        end = self._size
+        while end > 0:
+            start = max(0, end - _WINDOW)
+            data = self._read_at(start, min(end + _COMMIT_BYTES, self._size) - start)
+            at = data.rfind(MAGIC, 0, end - start + len(MAGIC) - 1)
+            while at >= 0:
+                frame = self._confirm(data, at, start + at)
+                if frame is not None:
+                    return frame
+                if start + at < self._border:
+                    return self._from_start()
+                at = data.rfind(MAGIC, 0, at + len(MAGIC) - 1)
+            end = start
         return None
-    frame = _frame_at(read_at, start + at, size)
-    if frame is None:
-        return None
-    try:
-        info = CommitInfo.unpack(frame)
-    except PacketError:
-        return None
-    return frame if _lands_on(read_at, info, frame.offset, size) else None
 
-
-def _lands_on(read_at: ReadAt, info: CommitInfo, offset: int, size: int) -> bool:
-    """Whether walking from the COMMIT before (or the start) lands on `offset`."""
-    at = 0 if info.previous_commit == NONE_U64 else info.previous_commit
-    if at >= offset:  # a frame that names itself has landed before it walked
-        return False
-    while at < offset:
+    def _confirm(self, data: bytes, at: int, offset: int) -> Frame | None:
+        """The frame at `data[at:]` if it is a COMMIT; what costs least to look at comes first."""
+        if data[at + 5 : at + 6] != bytes([FrameType.COMMIT]):
+            return None
         try:
-            at += unpack_header(read_at(at, HEADER_BYTES), offset=at).frame_len
+            header = unpack_header(data, at, offset=offset)
         except PacketError:
-            return False
-    return at == offset
+            return None
+        if header.payload_len < COMMIT_STRUCT.size or offset + header.frame_len > self._size:
+            return None
+        _, previous, _, _, count, _ = COMMIT_STRUCT.unpack_from(data, at + HEADER_BYTES)
+        if header.payload_len != COMMIT_STRUCT.size + count * ENTRY_STRUCT.size:
+            return None
+        if previous == NONE_U64:
+            self._walk_from_start()
+            return None
+        if not self._lands_on(previous, offset) or not self._spend(1 + header.payload_len // 4096):
+            return None
+        return _frame_at(self._read_at, offset, self._size, FrameType.COMMIT)
+
+    def _lands_on(self, previous: int, offset: int) -> bool:
+        """Whether the first COMMIT behind the one at `previous` is at `offset`."""
+        at = previous
+        while at < offset and self._spend(1):
+            try:
+                header = unpack_header(self._read_at(at, HEADER_BYTES), offset=at)
+            except PacketError:
+                return False
+            if (header.type is FrameType.COMMIT) != (at == previous):
+                return False
+            at += header.frame_len
+        return at == offset > previous  # a frame that names itself has landed before it walked
+
+    def _spend(self, effort: int) -> bool:
+        self._effort -= effort
+        if self._effort < 0:
+            self._walk_from_start()
+        return self._effort >= 0
+
+    def _walk_from_start(self) -> None:
+        """Once: find the COMMITs that a walk over all headers comes over, up to the end or the first invalid one."""
+        if self._border:
+            return
+        at = 0
+        while at < self._size:
+            try:
+                header = unpack_header(self._read_at(at, HEADER_BYTES), offset=at)
+            except PacketError:
+                break
+            if header.type is FrameType.COMMIT:
+                self._commits.append(at)
+            at += header.frame_len
+        self._border = at
+
+    def _from_start(self) -> Frame | None:
+        """The last sound COMMIT that the walk from the start came over."""
+        for number in range(len(self._commits) - 1, -1, -1):
+            frame = _frame_at(self._read_at, self._commits[number], self._size, FrameType.COMMIT)
+            if frame is None:
+                continue
+            try:
+                info = CommitInfo.unpack(frame)
+            except PacketError:
+                continue
+            if info.previous_commit == (self._commits[number - 1] if number else NONE_U64):
+                return frame
+        return None
 
 
 def _restore(ledger: Ledger, last: Frame, read_at: ReadAt, size: int) -> None:
@@ -462,15 +597,15 @@ def _restore(ledger: Ledger, last: Frame, read_at: ReadAt, size: int) -> None:
             entries.setdefault(entry.source_id, entry)
         if info.full:
             break
-        before = _frame_at(read_at, info.previous_commit, size)
-        if before is None or before.header.type is not FrameType.COMMIT or before.offset >= frame.offset:
+        before = _frame_at(read_at, info.previous_commit, size, FrameType.COMMIT)
+        if before is None or before.offset >= frame.offset:
             raise PacketError("the COMMIT here is damaged and holds sources' states", info.previous_commit)
         frame, info = before, CommitInfo.unpack(before)
     ledger.last_full = frame.offset
     for source_id in sorted(entries):
         e = entries[source_id]
-        source = _frame_at(read_at, e.source_frame, size)
-        if source is None or source.header.type is not FrameType.SOURCE or source.header.source_id != source_id:
+        source = _frame_at(read_at, e.source_frame, size, FrameType.SOURCE)
+        if source is None or (source.header.source_id, source.header.generation) != (source_id, e.generation):
             raise PacketError(f"the SOURCE frame of source {source_id} is damaged", e.source_frame)
         ledger.sources[source_id] = SourceState(
             source_id,
@@ -487,7 +622,7 @@ def _restore(ledger: Ledger, last: Frame, read_at: ReadAt, size: int) -> None:
             guard_len=e.guard_len,
             guard_hash=e.guard,
         )
-    file_frame = _frame_at(read_at, 0, size)
+    file_frame = _frame_at(read_at, 0, size, FrameType.FILE)
     if file_frame is None:
         raise PacketError("the FILE frame is damaged", 0)
     ledger.info = FileInfo.unpack(file_frame)
