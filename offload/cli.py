@@ -7,6 +7,7 @@ What a command needs is imported when it runs, so that `offload --version` start
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -67,6 +68,12 @@ class Failure(Exception):
 
 def main() -> NoReturn:
     """The `offload` command; ends the process with one of EXIT_CODES."""
+    if sys.stdout is None:  # started with it closed
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    with contextlib.suppress(AttributeError):
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a path may be any bytes
     try:
         code = app(standalone_mode=False)
     except Failure as exc:
@@ -89,12 +96,15 @@ def main() -> NoReturn:
 def _explain(exc: Exception) -> int:
     """One line for an error that a command did not expect; a bug of ours is still told in full."""
     if isinstance(exc, OffloadError | OSError):
-        _say(_sentence(exc))
+        _say(_sentence(exc, "stdout"))
         return _code(exc)
-    show = getattr(exc, "show", None)  # wrong usage, which typer words and colours
-    if show is None:
+    wording = getattr(exc, "format_message", None)  # wrong usage
+    if wording is None:
         raise exc
-    show()
+    context = getattr(exc, "ctx", None)
+    command = "offload" if context is None or context.parent is None else f"offload {context.info_name}"
+    if message := wording():  # none, if the help was shown instead
+        _say(f"{message.rstrip('.')}; see {command} --help")
     return USAGE
 
 
@@ -103,21 +113,28 @@ def _code(exc: BaseException) -> int:
         return BUSY
     if isinstance(exc, PacketError):
         return BAD_FILE
-    return NO_OUTPUT if isinstance(exc, BrokenResourceError) else NOT_ALL
+    return NO_OUTPUT if isinstance(exc, BrokenResourceError | OSError) else NOT_ALL
 
 
-def _sentence(exc: BaseException) -> str:
-    """An error as one line: what happened and to what."""
+def _sentence(exc: BaseException, otherwise: str | os.PathLike[str] = "") -> str:
+    """An error as one line: what happened and to what, `otherwise` if the error does not say."""
     if isinstance(exc, BrokenResourceError) and exc.__cause__ is not None:
         return _sentence(exc.__cause__) if str(exc.__cause__) else str(exc)
     if isinstance(exc, OSError) and exc.strerror:
-        where = "" if exc.filename is None or isinstance(exc.filename, int) else f"{os.fsdecode(exc.filename)}: "
-        return f"{where}{exc.strerror}".replace("\n", " ")
-    return (str(exc) or repr(exc)).replace("\n", " ")
+        where = otherwise if exc.filename is None or isinstance(exc.filename, int) else os.fsdecode(exc.filename)
+        return f"{where}: {exc.strerror}" if where else exc.strerror
+    return str(exc) or repr(exc)
 
 
 def _say(message: str) -> None:
-    print(f"offload: {message}", file=sys.stderr, flush=True)
+    """One line on stderr, whatever is in it."""
+    print(f"offload: {_printable(message)}", file=sys.stderr, flush=True)
+
+
+def _print_json(value: Any) -> None:
+    """JSON on stdout in UTF-8, whatever the locale; a byte of a name that is not UTF-8 as the escape `\\udcXX`."""
+    sys.stdout.buffer.write(json.dumps(value, ensure_ascii=False).encode(errors="backslashreplace") + b"\n")
+    sys.stdout.flush()
 
 
 def _version(wanted: bool) -> None:
@@ -187,7 +204,7 @@ def merge(
             "problems": problems,
             "complete": complete,
         }
-        print(json.dumps(summary, ensure_ascii=False))
+        _print_json(summary)
     elif not quiet:
         print(_summary(progress, output), file=sys.stderr)
     if stopped and not follow:
@@ -208,14 +225,15 @@ async def _merge(
     if not follow:
         files, missing = sources.scan()
         if not files:
-            raise Failure("; ".join(f"{p}: {_reason(e)}" for p, e in missing.items()) or "no files in there", NOT_ALL)
+            missing = missing or {path: FileNotFoundError(errno.ENOENT, "no files in there") for path in paths}
+            raise Failure("; ".join(f"{path}: {_reason(exc)}" for path, exc in missing.items()), NOT_ALL)
     engine = Merge(sources, output, follow=follow, fsync=fsync.value, poll=poll)
     try:
         await engine.start()
     except PacketError as exc:
         raise Failure(f"{_bad_file(output, exc)}; it was not touched", BAD_FILE) from exc
     except OSError as exc:
-        raise Failure(_sentence(exc), NO_OUTPUT) from exc
+        raise Failure(_sentence(exc, output), NO_OUTPUT) from exc
     stopped = False
 
     def stop() -> None:
@@ -342,7 +360,7 @@ def cat(
 
         def put(lines: Any) -> None:
             if as_json:
-                out.writelines(f"{line}\n".encode() for line in json_lines(lines))
+                out.writelines(f"{line}\n".encode(errors="backslashreplace") for line in json_lines(lines))
             else:
                 writer.write(lines)
 
@@ -355,7 +373,8 @@ def cat(
                     out.flush()
                     time.sleep(0.05)
         except KeyboardInterrupt:
-            follow = True  # ended as asked
+            if not follow:
+                raise
         for lines in reader.close():
             put(lines)
         out.flush()
@@ -384,7 +403,7 @@ def verify(file: PacketFileArgument, quiet: QuietOption = False, as_json: JsonOp
             "faults": [{"offset": offset, "fault": fault} for offset, fault in found.faults],
             "gaps": [{"source": s, "from": a, "to": b, "reason": r} for s, a, b, r in found.gaps],
         }
-        print(json.dumps(report, ensure_ascii=False))
+        _print_json(report)
     else:
         for offset, fault in found.faults:
             print(f"{file}: byte {offset}: {fault}")
@@ -430,7 +449,7 @@ def split(
             "files": {os.fspath(path): size for path, size in done.written.items()},
             "incomplete": {os.fspath(path): why for path, why in done.incomplete.items()},
         }
-        print(json.dumps(report, ensure_ascii=False))
+        _print_json(report)
     else:
         for path, why in done.incomplete.items():
             _say(f"{path} is not all of its source: {why}")
@@ -463,11 +482,11 @@ def stat(file: PacketFileArgument, as_json: JsonOption = False) -> None:
             }
             for s in report.sources
         ]
-        print(json.dumps({"file": os.fspath(file), "size": report.size, "sources": sources}, ensure_ascii=False))
+        _print_json({"file": os.fspath(file), "size": report.size, "sources": sources})
         return
     head = ("source", "lines", "bytes", "generation", "first", "last")
     rows = [
-        (_printable(s.name), f"{s.lines:,}", f"{s.bytes:,}", str(s.generation), _iso(s.first_ns), _iso(s.last_ns))
+        (_printable(s.name), f"{s.lines:,}", f"{s.bytes:,}", str(s.generation), _when(s.first_ns), _when(s.last_ns))
         for s in report.sources
     ]
     total = (f"{len(rows)} sources", f"{report.lines:,}", f"{report.bytes:,}", "", "", "")
@@ -524,10 +543,10 @@ def _reading(file: Path) -> Iterator[None]:
         yield
     except PacketError as exc:
         raise Failure(_bad_file(file, exc), BAD_FILE) from exc
-    except BrokenPipeError:
-        raise
     except OSError as exc:
-        raise Failure(_sentence(exc), BAD_FILE) from exc
+        if isinstance(exc, BrokenPipeError) or exc.errno in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+            raise  # not about the file: stdout
+        raise Failure(_sentence(exc, file), BAD_FILE) from exc
 
 
 def _bad_file(file: Path, exc: PacketError) -> str:
@@ -595,6 +614,10 @@ def _iso(time_ns: int | None) -> str:
     if time_ns is None:
         return ""
     return datetime.fromtimestamp(time_ns / 1e9).astimezone().isoformat(timespec="milliseconds")
+
+
+def _when(time_ns: int | None) -> str:
+    return _iso(time_ns)[:19].replace("T", " ")
 
 
 def _printable(name: str) -> str:

@@ -12,13 +12,14 @@ thread too (aiofiles' context manager would close it on the shared pool), and th
 
 from __future__ import annotations
 
+import asyncio
 import os
 from types import TracebackType
 from typing import Any
 
 import aiofiles
 
-from ..loops import LoopThread
+from ..loops import LoopThread, outlast
 
 
 class open:  # named for what it does, as the function that it stands for
@@ -39,10 +40,15 @@ class open:  # named for what it does, as the function that it stands for
 
     async def __aenter__(self) -> Any:
         await self._thread.start()
+        opening = asyncio.ensure_future(self._open())
         try:
-            self._file = await aiofiles.open(*self._arguments, executor=self._thread, **self._options)  # type: ignore[call-overload]
+            await outlast(opening)
         except BaseException:
-            await self._thread.aclose()
+            try:
+                if self._file is not None:  # it was opened, and only then did we learn that nobody wants it any more
+                    await outlast(asyncio.ensure_future(self._file.close()))
+            finally:
+                await self._thread.aclose()
             raise
         return self._file
 
@@ -50,6 +56,10 @@ class open:  # named for what it does, as the function that it stands for
         self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
     ) -> None:
         try:
-            await self._file.close()
+            # Cancelled while it waits its turn, it would be dropped, and the file left to the garbage collector.
+            await outlast(asyncio.ensure_future(self._file.close()))
         finally:
             await self._thread.aclose()
+
+    async def _open(self) -> None:
+        self._file = await aiofiles.open(*self._arguments, executor=self._thread, **self._options)  # type: ignore[call-overload]

@@ -18,6 +18,7 @@ Promises:
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import time
@@ -28,9 +29,10 @@ from types import TracebackType
 from typing import Literal, Self
 from zlib import crc32
 
-from ..errors import BusyResourceError
+from ..errors import BusyResourceError, PacketError
 from ..packets.codec import (
     Buffer,
+    CommitEntry,
     Damage,
     FileInfo,
     Frame,
@@ -42,8 +44,8 @@ from ..packets.codec import (
     unpack_header,
 )
 from ..packets.format import HEADER_BYTES, Flag, FrameType
-from ..packets.recover import Ledger, Recovery, SourceState, recover
-from .sink import AppendFile
+from ..packets.recover import Ledger, Recovery, SourceState, generations, recover
+from .sink import AppendFile, whole_pieces
 
 Fsync = Literal["none", "interval", "always"]
 
@@ -134,14 +136,19 @@ class PacketFile:
                 return state
         return None
 
+    def generations(self, state: SourceState) -> Iterator[tuple[SourceInfo, CommitEntry]]:
+        """The earlier generations of a source, newest first: which file it was, and how far it was read."""
+        return generations(self._read_at, self._file.end, state)
+
     def open_source(self, info: SourceInfo, source_id: int | None = None) -> int:
         """Begin a source, or the next generation of one, and return its id. It goes out with the next append."""
         if source_id is None:
             source_id, generation, seq = len(self.ledger.sources), 0, 0
+            info = info._replace(before=None)
         else:
             state = self.ledger.sources[source_id]
             generation, seq = state.generation + 1, state.next_seq
-            info = info._replace(predecessor=state.generation)
+            info = info._replace(before=state.entry())
         self._stage(
             FrameType.SOURCE,
             info.pack(),
@@ -155,6 +162,7 @@ class PacketFile:
     def gap(self, source_id: int, info: GapInfo) -> None:
         """State bytes of a source that nobody can recover. It goes out with the next append."""
         state = self.ledger.sources[source_id]
+        assert state.resume_off == info.start <= info.end, "a gap that does not begin where its source stands"
         self._stage(
             FrameType.GAP,
             info.pack(),
@@ -275,10 +283,19 @@ class PacketFile:
     def _write(self) -> None:
         staged, self._staged = self._staged, []
         if staged:
-            self._file.append(staged)
+            self._file.append(staged, lambda taken: whole_pieces(_frame_sizes(staged), taken))
 
     def _read_at(self, offset: int, length: int) -> bytes:
         return read_at(self._file.fd, offset, length)
+
+
+def _frame_sizes(staged: Iterable[Buffer]) -> Iterator[int]:
+    buffers = iter(staged)
+    for raw in buffers:
+        payload_len = unpack_header(raw).payload_len
+        if payload_len:
+            next(buffers)
+        yield HEADER_BYTES + payload_len
 
 
 def read_at(fd: int, offset: int, length: int) -> bytes:
@@ -314,7 +331,15 @@ def lock(fd: int, path: Path) -> None:
         else:
             import fcntl
 
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for _ in range(100):
+                with contextlib.suppress(BlockingIOError):
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    return
+                # A reader in `is_locked` shares the lock for a moment. If we may not share it, it is a writer.
+                fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                fcntl.flock(fd, fcntl.LOCK_UN)
+                time.sleep(0.001)
+            raise BlockingIOError
     except (BlockingIOError, PermissionError):
         raise BusyResourceError(f"{path} is being written by another process; wait for it or write elsewhere") from None
 
@@ -355,6 +380,8 @@ class FrameSource:
     ) -> None:
         self.path = Path(path)
         self._follow = follow
+        self._on_damage = on_damage
+        self._suspect = -1  # while following: where no valid frame was found at the last look
         self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0))
         self._decoder = PacketDecoder(on_damage=on_damage)
         self._at = 0
@@ -376,15 +403,28 @@ class FrameSource:
             PacketError: no valid frame at this place.
         """
         data = read_at(self._fd, self._at, READ_BYTES)
-        if not data:
+        if not data and not (self._follow and self._decoder.pending):
             return None
         self._at += len(data)
-        frames = self._decoder.feed(data)
+        try:
+            frames = self._decoder.feed(data)
+        except PacketError:
+            # A new writer may have cut a torn tail and written while we read: half of it old, half new. Twice at the
+            # same place it is damage.
+            if not self._follow or self._suspect == self._decoder.offset:
+                raise
+            self._suspect = self._decoder.offset
+            self._again()
+            return None
         if self._follow and self._decoder.pending and len(data) < READ_BYTES:
-            self._at = self._decoder.offset
-            self._decoder = PacketDecoder(offset=self._at)
+            self._again()
             return frames or None
         return frames
+
+    def _again(self) -> None:
+        """Read what is behind the last whole frame anew."""
+        self._at = self._decoder.offset
+        self._decoder = PacketDecoder(offset=self._at, on_damage=self._on_damage)
 
     def headers(self) -> Iterator[Frame]:
         """Every frame from the start, with its payload only where that describes the file: LINES, PACKETS are left out.
@@ -409,13 +449,9 @@ class FrameSource:
         """Bytes at another place of the file."""
         return read_at(self._fd, offset, length)
 
-    def end(self) -> None:
-        """Say that the file ends here.
-
-        Raises:
-            PacketError: within a frame, and no `on_damage`.
-        """
-        self._decoder.close()
+    def end(self) -> list[Frame]:
+        """Say that the file ends here; returns and raises as `PacketDecoder.close`."""
+        return self._decoder.close()
 
     def is_being_written(self) -> bool:
         return is_locked(self._fd)

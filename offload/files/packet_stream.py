@@ -27,7 +27,7 @@ from typing import Self, TypeVar
 from ..errors import BrokenResourceError, ClosedResourceError, OffloadError, PacketError
 from ..loops import Call, LoopThread
 from ..packets.codec import Buffer, Frame, SourceInfo, line_pieces, packets_payload
-from ..packets.format import MAX_PAYLOAD, NONE_U32, Compression, FrameType
+from ..packets.format import MAX_PAYLOAD, Compression, EntryFlag, FrameType
 from ..packets.recover import Recovery, SourceState
 from .packet_file import FrameSource, Fsync, PacketFile, Piece
 from .sink import MAX_BYTES, Intake
@@ -145,6 +145,8 @@ class PacketWriter:
             raise PacketError(f"packet is {len(data)} bytes, limit is {MAX_PAYLOAD}; use write for long lines", 0)
         if self._file is None and self._error is None:
             raise ClosedResourceError(f"{self.path} is not open; use it as `async with`, or await its start()")
+        if source not in self._ids:
+            os.fsencode(source)  # a name that is none is refused here, and not on the thread with all that came with it
         return self._intake.put((source, data, packet), len(data))
 
     # --- on the writer's thread -------------------------------------------------------------------------------------
@@ -217,6 +219,8 @@ class PacketWriter:
         state = self._sources()[source_id]
         view, at = memoryview(data), 0
         for piece in line_pieces(data, 0, len(data), state.open, ended=ended, limit=LINES_BYTES):
+            if piece.end == len(data) and piece.open is EntryFlag.OPEN_FRAGMENT:
+                break  # so that there is a rest to end the line with, if no more comes
             at = piece.end
             yield Piece(source_id, view[piece.start : piece.end], state.resume_off, piece.count, piece.flags)
         if at < len(data):
@@ -245,7 +249,7 @@ class PacketWriter:
             if state is not None:
                 found = state.source_id
             else:
-                found = self._file.open_source(SourceInfo(0, 0, 0, 0, NONE_U32, Compression.NONE, path))
+                found = self._file.open_source(SourceInfo(0, 0, 0, 0, Compression.NONE, path))
             self._ids[source] = found
         return found
 
@@ -362,7 +366,7 @@ class PacketReader:
                 await asyncio.sleep(self._poll)
 
     def _open(self) -> None:
-        self._source = FrameSource(self.path)
+        self._source = FrameSource(self.path, follow=self._follow)
 
     def _close(self) -> None:
         if self._source is not None:

@@ -21,6 +21,7 @@ import contextlib
 import os
 import stat
 import threading
+import weakref
 from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -66,20 +67,38 @@ class AppendFile:
         self._regular = stat.S_ISREG(status.st_mode)
         self.end = status.st_size if self._regular else 0
 
-    def append(self, buffers: Sequence[Buffer]) -> None:
-        """Append these bytes, all or none of them.
+    def append(self, buffers: Sequence[Buffer], whole: Callable[[int], int]) -> None:
+        """Append these bytes.
+
+        Args:
+            whole: asked if not all of them could be written: how many may stay, of so many that were.
 
         Raises:
-            OSError: the file is as it was before (a pipe or device may have taken a part).
+            OSError: the file ends where `whole` said (a pipe or device may have taken more; and a file that others have
+                written meanwhile is not cut).
         """
-        end = self.end
+        taken = last = 0
         try:
             for pieces in _chunks(buffers, _IOV_MAX):
-                end += _write_all(self.fd, pieces)
+                for last in _write_all(self.fd, pieces):
+                    taken += last
         except BaseException:
-            self.cut(self.end)
+            # What the disk refused says more than what the cut met (a file that may only grow refuses it).
+            with contextlib.suppress(OSError):
+                self._cut_back(taken, taken - whole(taken), last)
             raise
-        self.end = end
+        self.end += taken
+
+    def _cut_back(self, taken: int, spare: int, last: int) -> None:
+        """Take away the last `spare` of the bytes just taken, in so far as they are the last bytes of the file."""
+        if not self._regular:
+            return
+        size = os.fstat(self.fd).st_size
+        # Somebody else may write the same file: by a size of our own we would cut their bytes, or put NULs in. What one
+        # system call wrote lies together, and O_APPEND leaves our position behind it.
+        ours = size == self.end + taken
+        if ours or (spare <= last and os.lseek(self.fd, 0, os.SEEK_CUR) == size):
+            self.cut(size - spare)
 
     def cut(self, end: int) -> None:
         """Take away what stands behind byte `end`."""
@@ -134,19 +153,30 @@ def _chunks(buffers: Sequence[Buffer], size: int) -> Iterator[Sequence[Buffer]]:
         yield buffers[at : at + size]
 
 
-def _write_all(fd: int, buffers: Sequence[Buffer]) -> int:
-    """Write these buffers whole, however little each system call takes; return how many bytes."""
-    total = sum(map(len, buffers))
+def _write_all(fd: int, buffers: Sequence[Buffer]) -> Iterator[int]:
+    """Write these buffers whole, however little each system call takes; yield how much each took."""
     if hasattr(os, "writev") and len(buffers) > 1:
         done = os.writev(fd, buffers)
-        if done == total:
-            return total
+        yield done
+        if done == sum(map(len, buffers)):
+            return
         rest = memoryview(b"".join(buffers))[done:]
     else:
         rest = memoryview(buffers[0] if len(buffers) == 1 else b"".join(buffers))
     while rest:
-        rest = rest[os.write(fd, rest) :]
-    return total
+        done = os.write(fd, rest)
+        yield done
+        rest = rest[done:]
+
+
+def whole_pieces(sizes: Iterable[int], taken: int) -> int:
+    """How many of `taken` bytes are whole pieces, in a row of pieces of these sizes."""
+    kept = 0
+    for size in sizes:
+        if kept + size > taken:
+            break
+        kept += size
+    return kept
 
 
 class Done:
@@ -182,6 +212,7 @@ class Intake(Generic[T]):
         self._accepted = self._taken = self._batch = 0  # bytes
         self._posted = False
         self._refusal: Callable[[], OffloadError] | None = None
+        _intakes.add(self)
 
     @property
     def waiting_bytes(self) -> int:
@@ -204,19 +235,25 @@ class Intake(Generic[T]):
             self._items.append(item)
             self._accepted += size
             posted, self._posted = self._posted, True
-        # Closing since we looked: the owner's on_close calls `finish`, which takes this item too.
-        with contextlib.suppress(ClosedResourceError):
+        try:
             if not posted:
                 self._thread.post(self.take_all)
             if self._accepted - self._taken > self._max_bytes and not self._thread.is_here():
                 return self._room()
+        except ClosedResourceError:
+            pass  # closing since we looked: the owner's on_close calls `finish`, which takes this item too
+        except OffloadError as exc:
+            # The thread is gone, and the next `put` would not notice: it would rely on what we did not post.
+            kind, message, cause = type(exc), str(exc), exc.__cause__
+            self.refuse(lambda: _from(kind(message), cause))
+            raise
         return DONE
 
     def _room(self) -> Awaitable[None]:
-        """Wait for a turn, which comes after the batch that holds the item."""
+        """Wait until the item has been taken: by the batch that was posted, or by us if its post is still to come."""
         if asyncio._get_running_loop() is not None:
-            return self._thread.call(_nothing)
-        self._thread.submit(_nothing).result()
+            return self._thread.call(self.take_all)
+        self._thread.submit(self.take_all).result()
         return DONE
 
     def take_all(self) -> None:
@@ -239,9 +276,28 @@ class Intake(Generic[T]):
         with self._lock:
             self._refusal = refusal
 
+    def after_fork(self) -> None:
+        """In a forked child: what was put in the parent is written there; who puts here is told that it cannot be."""
+        self._lock = threading.RLock()
+        self._items = []
+        self._posted = False
 
-def _nothing() -> None:
-    """A place in the queue."""
+
+def _from(error: OffloadError, cause: BaseException | None) -> OffloadError:
+    error.__cause__ = cause
+    return error
+
+
+_intakes: weakref.WeakSet[Intake[Any]] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for intake in list(_intakes):
+        intake.after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 class FileSink:
@@ -348,7 +404,7 @@ class FileSink:
             return
         try:
             # Joining small pieces costs less than handing each to the system.
-            self._file.append([b"".join(batch)])
+            self._file.append([b"".join(batch)], lambda taken: whole_pieces(map(len, batch), taken))
         except OSError as exc:
             self._error = exc
             self._intake.refuse(self._broken)

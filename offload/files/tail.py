@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..packets.codec import CommitEntry, GapInfo, SourceInfo, line_pieces
-from ..packets.format import GUARD_BYTES, NONE_U32, NONE_U64, Compression, EntryFlag, GapReason
+from ..packets.format import GUARD_BYTES, HEAD_BYTES, NONE_U64, Compression, EntryFlag, GapReason
 from ..packets.recover import digest
 from .packet_file import Piece, read_at
 
@@ -50,7 +50,16 @@ class Gap:
     info: GapInfo
 
 
-Step = Begin | Gap | Piece
+@dataclass(slots=True)
+class Seen:
+    """What a file holds where it was read before: the packet file keeps hashes, and a longer guard needs the bytes."""
+
+    source_id: int
+    head: bytes
+    guard: bytes
+
+
+Step = Begin | Gap | Seen | Piece
 
 
 @dataclass(slots=True)
@@ -61,8 +70,8 @@ class Resume:
     entry: CommitEntry
 
 
-Former = dict[tuple[int, int], tuple[int, bytes]]
-"""Device and inode -> how far that file was read, and the bytes before that place."""
+Former = dict[tuple[int, int], CommitEntry]
+"""Device and inode of files that lost their name after they were read -> how far, and how to know them."""
 
 
 class Arena:
@@ -126,8 +135,8 @@ class Tail:
 
     @property
     def identity(self) -> tuple[int, int] | None:
-        """Device and inode of the file that is read, as far as known."""
-        return self._identity
+        """Device and inode of the file that is read; None before it was compared with what is known of it."""
+        return self._identity if self._resume is None else None
 
     @property
     def is_open(self) -> bool:
@@ -192,7 +201,7 @@ class Tail:
                 ended = True  # first the rest of the old file
                 continue
             assert self._identity is not None
-            self._former[self._identity] = (self.offset, self._guard)
+            self._former[self._identity] = self._entry()
             self.close()
             self._begin_next(steps)
             ended = final
@@ -227,8 +236,17 @@ class Tail:
     # --- which file it is ---------------------------------------------------------------------------------------------
 
     def _open_file(self, steps: list[Step]) -> None:
-        fd, status = open_regular(self.path)
-        if self._known and not self._continues(fd, status):
+        try:
+            fd, status = open_regular(self.path)
+        except FileNotFoundError:
+            # Renamed, and its name not taken yet?
+            old = self._find() if self._known else None
+            if old is None:
+                raise
+            fd, status = old, os.fstat(old)
+            self._behind = True
+        resumed = self._resume is not None
+        if self._known and not self._behind and not self._continues(fd, status):
             old = self._find()
             if old is not None:
                 os.close(fd)
@@ -241,6 +259,9 @@ class Tail:
         elif not self._known:
             self._begin(steps, status)
         self._fd, self._identity = fd, (status.st_dev, status.st_ino)
+        if resumed and self.offset:
+            self._guard = read_at(fd, max(0, self.offset - GUARD_BYTES), min(self.offset, GUARD_BYTES))
+            steps.append(Seen(self.source_id, read_at(fd, 0, min(self.offset, HEAD_BYTES)), self._guard))
         if not self._follow:
             self._upto = status.st_size
 
@@ -248,6 +269,8 @@ class Tail:
         """Whether this file begins with what was read; the inode alone proves nothing, for they are used again."""
         if status.st_size < self.offset:
             return False
+        if not self.offset and self.size and (status.st_dev, status.st_ino) != self._identity:
+            return False  # nothing was read of it that could tell, but there was something to read
         if self._resume is None:
             return read_at(fd, self.offset - len(self._guard), len(self._guard)) == self._guard
         guard = holds(fd, self._resume.entry)
@@ -255,6 +278,13 @@ class Tail:
             return False
         self._guard, self._resume = guard, None
         return True
+
+    def _entry(self) -> CommitEntry:
+        """How to know the present file again."""
+        guard, size = self._guard, self.size
+        return CommitEntry(
+            self.source_id, 0, 0, self.offset, 0, size, self.mtime_ns, 0, len(guard), self._open, b"", digest(guard)
+        )
 
     def _find(self) -> int | None:
         """The descriptor of the file that was read, under whatever name it has in its folder now."""
@@ -281,7 +311,7 @@ class Tail:
         self.offset, self._guard, self._open, self._resume = 0, b"", EntryFlag.NONE, None
         self.size, self.mtime_ns = status.st_size, status.st_mtime_ns
         path = os.fsencode(self.path)
-        info = SourceInfo(status.st_dev, status.st_ino, 0, 0, NONE_U32, Compression.NONE, path)
+        info = SourceInfo(status.st_dev, status.st_ino, 0, 0, Compression.NONE, path)
         steps.append(Begin(self.source_id, info, first=not self._known))
         self._known = True
 
@@ -329,15 +359,14 @@ def holds(fd: int, entry: CommitEntry) -> bytes | None:
     return guard
 
 
-def is_former(path: str, known: tuple[int, bytes]) -> bool:
+def is_former(path: str, entry: CommitEntry) -> bool:
     """Whether this file is one that was read already, under another name; its inode may belong to a new one."""
-    offset, guard = known
     try:
         fd, status = open_regular(path)
     except OSError:
         return False
     try:
-        return status.st_size >= offset and read_at(fd, offset - len(guard), len(guard)) == guard
+        return status.st_size >= entry.resume_off and holds(fd, entry) is not None
     finally:
         os.close(fd)
 

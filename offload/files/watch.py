@@ -35,6 +35,7 @@ class Watch:
         self._inotify: Inotify | None = None
         self._poll = poll or sys.platform != "linux"
         self._folders: set[str] = set()
+        self._names: dict[int, set[str]] = {}  # of each watch: links make it more than one
         self._changed = asyncio.Event()
         self._missed = False
 
@@ -46,14 +47,8 @@ class Watch:
         """Watch a folder too; one that cannot be watched makes all of them be looked at by time."""
         if self._poll or folder in self._folders:
             return
-        from asyncinotify import Inotify, Mask
-
-        mask = Mask.MODIFY | Mask.CREATE | Mask.MOVED_TO | Mask.MOVED_FROM | Mask.DELETE | Mask.ATTRIB | Mask.ONLYDIR
         try:
-            if self._inotify is None:
-                self._inotify = Inotify(sync_timeout=0)
-                os.set_blocking(self._inotify.fd, False)
-            self._inotify.add_watch(folder, mask)
+            self._stand_by(folder)
         except OSError:
             # No instances or watches left, or no such folder (any more): by time, then.
             self._poll = True
@@ -62,23 +57,38 @@ class Watch:
         self._folders.add(folder)
         self._missed = True  # what happened before the watch stood
 
+    def _stand_by(self, folder: str) -> None:
+        from asyncinotify import Inotify, Mask
+
+        mask = Mask.MODIFY | Mask.CREATE | Mask.MOVED_TO | Mask.MOVED_FROM | Mask.DELETE | Mask.ATTRIB
+        if self._inotify is None:
+            self._inotify = Inotify(sync_timeout=0)
+            os.set_blocking(self._inotify.fd, False)
+        watch = self._inotify.add_watch(folder, mask | Mask.MOVE_SELF | Mask.ONLYDIR)
+        self._names.setdefault(watch.wd, set()).add(folder)
+
     async def wait(self, longest: float) -> None:
-        """Return when something may have changed, or after `longest` seconds."""
+        """Return when something may have changed, after `wake()`, or after `longest` seconds."""
         if self._missed:
             return
-        if self._inotify is None:
-            await asyncio.sleep(min(longest, self._interval))
-            return
-        loop = asyncio.get_running_loop()
         self._changed.clear()
-        # Only while we wait: in between, events may gather in the kernel without waking anybody.
-        loop.add_reader(self._inotify.fd, self._changed.set)
+        inotify, loop = self._inotify, asyncio.get_running_loop()
+        if inotify is None:
+            longest = min(longest, self._interval)
+        else:
+            # Only while we wait: in between, events may gather in the kernel without waking anybody.
+            loop.add_reader(inotify.fd, self._changed.set)
         try:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(longest):
                     await self._changed.wait()
         finally:
-            loop.remove_reader(self._inotify.fd)
+            if inotify is not None:
+                loop.remove_reader(inotify.fd)
+
+    def wake(self) -> None:
+        """End the present `wait`; on the loop that waits."""
+        self._changed.set()
 
     def take(self) -> set[str] | None:
         """Paths that changed since the last time; None: any may have."""
@@ -96,19 +106,25 @@ class Watch:
             if event.watch is None or event.name is None or event.mask & (Mask.Q_OVERFLOW | Mask.IGNORED):
                 self._discard()
                 return None
-            paths.add(os.path.join(os.fspath(event.watch.path), os.fspath(event.name)))
+            name = os.fspath(event.name)
+            paths.update(os.path.join(folder, name) for folder in self._names[event.watch.wd])
         self._discard()
         return None
 
     def _discard(self) -> None:
         """Throw away what waits in the kernel."""
         inotify = self._inotify
-        while inotify is not None:
+        if inotify is None:
+            return
+        with contextlib.suppress(BlockingIOError):
+            while os.read(inotify.fd, 1 << 16):
+                pass
+        # What was thrown away may have said that a folder is gone, and another may have its name by now.
+        for folder in list(self._folders):
             try:
-                if not os.read(inotify.fd, 1 << 16):
-                    return
-            except BlockingIOError:
-                return
+                self._stand_by(folder)
+            except OSError:
+                self._folders.discard(folder)
 
     def close(self) -> None:
         inotify, self._inotify = self._inotify, None

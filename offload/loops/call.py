@@ -442,9 +442,9 @@ class Mailbox:
             self.submitted += 1
             self._queue.append(entry)
             if entry.coroutine:
-                # Under the gate, so that tasks arrive in the order of their tokens.
+                # Under the gate, so that tasks arrive in the order of their tokens: each has its caller's context.
                 assert self._loop is not None
-                asyncio.run_coroutine_threadsafe(self._drive(entry), self._loop)
+                asyncio.run_coroutine_threadsafe(self._drive(), self._loop)
                 return
             if self._woken:
                 return
@@ -503,6 +503,7 @@ class Mailbox:
                 held.add(entry.port)
             self._execute(entry, hold=hold)
             self.running = None
+            del entry  # see `_theirs`
         for port in held:
             port.flush()
         self._go_on()
@@ -527,6 +528,7 @@ class Mailbox:
         except BaseException as exc:
             error = _theirs(exc)
         self._end(entry, value, error, hold=hold)
+        del entry, error
 
     def _end(self, entry: _Entry, value: Any, error: BaseException | None, *, hold: bool = False) -> None:
         if error is not None:
@@ -539,25 +541,28 @@ class Mailbox:
             return
         entry.settle_later(value, holdable(error), hold=hold)
 
-    async def _drive(self, entry: _Entry) -> None:
-        """The task of a coroutine call: runs what stands before its token, then the coroutine."""
+    async def _drive(self) -> None:
+        """The task of a coroutine call: runs what stands before the first token, then the coroutine of that token.
+
+        There is a task for each token, and they take the tokens in the order of the queue. That is each its own, except
+        when a finalizer made a call in the middle of `put`: then the later token's task may come first.
+        """
         while True:
             with self.gate:
                 if not self._queue:
                     return  # `fail` was here
-                head = self._queue.popleft()
-                started = head.state is _QUEUED
+                entry = self._queue.popleft()
+                started = entry.state is _QUEUED
                 if started:
-                    head.state = _RUNNING
-                    if head is entry:
+                    entry.state = _RUNNING
+                    if entry.coroutine:
                         self._tasks[entry] = None
                     else:
-                        self.running = head
-            if head is entry:
+                        self.running = entry
+            if entry.coroutine:
                 break
-            assert not head.coroutine, "tasks arrive in the order of their tokens"
             if started:
-                self._execute(head)
+                self._execute(entry)
                 self.running = None
         with self.gate:
             if self._queue and not self._woken:
@@ -566,6 +571,7 @@ class Mailbox:
                 self._loop.call_soon(self._run)
         if started:
             await self._await(entry)
+        del entry
         self._go_on()
 
     async def _await(self, entry: _Entry) -> None:
@@ -583,14 +589,21 @@ class Mailbox:
                 entry.state = _INTERRUPTED
         if self._tasks.pop(entry, entry) is None:  # otherwise `fail` has resolved it
             self._end(entry, value, error)
+        del entry, error
 
 
 def _theirs(error: BaseException) -> BaseException:
-    """The error without our frames in its traceback: they refer to the call, the call to the error, and such a ring
-    keeps all that the function had in hand until the next garbage collection. Nor do they tell its caller anything."""
+    """The error without our frames in its traceback, which tell its caller nothing.
+
+    They refer to the call, and the call to the error: such a ring keeps all that the function had in hand until the
+    next garbage collection. The function's own frame still leads back to ours, so those that are over are emptied here,
+    and those that go on let the call go themselves.
+    """
     ours = globals()
     tb = error.__traceback__
     while tb is not None and tb.tb_frame.f_globals is ours:
+        with suppress(RuntimeError):
+            tb.tb_frame.clear()
         tb = tb.tb_next
     return error.with_traceback(tb)
 

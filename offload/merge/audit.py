@@ -64,17 +64,24 @@ def verify(path: str | os.PathLike[str], watcher: Watcher = unwatched) -> Verifi
         start = source.read_at(0, 4)
         if not MAGIC.startswith(start[:4]):
             raise PacketError(f"found {start.hex(' ')}, expected the magic {MAGIC.hex(' ')}", 0)
-        while (frames := source.read()) is not None:
+
+        def check(frames: list[Frame]) -> None:
             for frame in frames:
                 while damages and damages[0].start < frame.offset:
                     found.faults.append(_told(damages.pop(0)))
                     ledger.prev_len = frame.header.prev_len  # one fault is told once
                 _check(frame, source, ledger, names, found)
+
+        while (frames := source.read()) is not None:
+            check(frames)
             watcher(source.offset, found.size)
         found.live = source.is_being_written()
         found.torn = source.pending
-        source.end()
+        end = source.offset + source.pending
+        behind = source.end()
         if not found.live:
+            check(behind)
+            found.torn = end - behind[-1].end if behind else found.torn
             found.faults += map(_told, damages)
     found.sources, found.lines = len(ledger.sources), ledger.total_lines
     found.chain = ledger.chain.hex()

@@ -12,13 +12,14 @@ Promises:
       where the packet file ends, for nothing else says where that is.
     - Memory is bounded by the arenas, whatever the sources hold: when all are under way, reading waits for the writer.
     - One frame for each read of a source, no object for a line.
-    - `stop()` ends it with everything read so far in the file; if it had caught up, with everything there is.
+    - `stop()` ends it with everything read so far in the file; if little is left (_SOON), with everything there is.
     - What cannot be read (missing, not allowed) is told in `progress.problems` and does not keep the others waiting.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import time
 from collections import deque
@@ -30,7 +31,7 @@ from typing import Self
 from ..errors import OffloadError
 from ..files.packet_file import Fsync, PacketFile, Piece
 from ..files.packet_stream import PacketWriter
-from ..files.tail import Arena, Begin, Former, Gap, Resume, Step, Tail, holds, is_former, open_regular
+from ..files.tail import Arena, Begin, Former, Gap, Resume, Seen, Step, Tail, holds, is_former, open_regular
 from ..files.watch import Watch
 from ..loops import Call, LoopThread, outlast
 from ..packets.recover import Recovery
@@ -38,6 +39,8 @@ from .sources import Sources
 
 ARENAS = 4  # one is read into, one is written, and two so that neither waits for the other's hiccup
 PAUSE = 0.001  # between two looks while following: lines that come together share a frame
+_SOON = 64 << 20  # bytes in the sources that a stop still reads: some tenths of a second
+_UNNUMBERED = -1  # a source that is not in the packet file yet
 _LOOK = 1.0  # seconds between looks at everything, whatever the system reports …
 _LOOK_PER_SOURCE = 0.005  # … more for many sources: looking at one costs some 15 µs
 
@@ -112,9 +115,10 @@ class Merge:
         self._resumes: dict[str, Resume] = {}
         self._next_id = 0
         self._former: Former = {}
+        self._names: dict[tuple[int, int], str] = {}  # of the files that sources had when the packet file was left
         self._output_identity: tuple[int, int] | None = None
         self._stopping = False
-        self._wake: asyncio.Event | None = None
+        self._watch: Watch | None = None
         self._arenas: deque[Arena] = deque()
         self._under_way: deque[tuple[Call[None], Arena]] = deque()
         self._strangers: set[str] = set()  # changed paths that are no sources, until the next look
@@ -148,12 +152,10 @@ class Merge:
     def stop(self) -> None:
         """End `run()` soon; from any thread, any number of times."""
         self._stopping = True
-        wake = self._wake
-        if wake is not None:
-            try:
-                self._reader.post(wake.set)
-            except OffloadError:
-                return  # it has ended
+        watch = self._watch
+        if watch is not None:
+            with contextlib.suppress(OffloadError):  # it has ended
+                self._reader.post(watch.wake)
 
     async def aclose(self) -> None:
         """End both threads and close the packet file."""
@@ -178,42 +180,48 @@ class Merge:
 
     def _learn(self, file: PacketFile) -> None:
         for state in file.ledger.sources.values():
-            self._resumes[os.fsdecode(state.path)] = Resume(state.info, state.entry())
+            path = os.fsdecode(state.path)
+            self._resumes[path] = Resume(state.info, state.entry())
+            self._names[state.info.device, state.info.inode] = path
+            for info, entry in file.generations(state):
+                self._former.setdefault((info.device, info.inode), entry)
         self._next_id = len(file.ledger.sources)
         self._output_identity = file.identity
 
     # --- on the reader's thread ---------------------------------------------------------------------------------------
 
     async def _engine(self) -> None:
-        self._wake = asyncio.Event()
         self._arenas.extend(Arena() for _ in range(ARENAS))
-        watch = Watch(poll=self._poll) if self._follow else None
+        watch = self._watch = Watch(poll=self._poll) if self._follow else None
         try:
             self._scan(watch)
             caught_up = await self._pass(self._tails.values(), final=watch is None)
             if watch is not None:
-                caught_up = await self._go_on(watch, caught_up=caught_up)
-                if caught_up:
+                await self._go_on(watch, caught_up=caught_up)
+                if self.progress.lag_bytes <= _SOON:
                     # Once more, with what came while we stopped, and last lines that have no end yet.
                     self._stopping = False
                     self._scan(watch)
                     await self._pass(self._tails.values(), final=True)
         finally:
-            # Cancelled or not: a batch that is under way must end before anybody may think that we have.
-            while self._under_way:
-                await self._landed()
             for tail in self._tails.values():
                 tail.close()
             if watch is not None:
                 watch.close()
+            # Cancelled or not: a batch that is under way must end before anybody may think that we have.
+            await self._land_all()
 
-    async def _go_on(self, watch: Watch, *, caught_up: bool) -> bool:
-        """Follow until stopped; return whether everything that was there had been read then."""
+    async def _go_on(self, watch: Watch, *, caught_up: bool) -> None:
+        """Follow until stopped."""
         next_look = 0.0
         while not self._stopping:
             while self._under_way and caught_up:
                 await self._landed()
-            await self._wait(watch, max(0.0, next_look - time.monotonic()))
+            await asyncio.sleep(PAUSE)
+            if not self._stopping:
+                await watch.wait(max(0.0, next_look - time.monotonic()))
+            if self._stopping:
+                return
             changed = watch.take()
             now = time.monotonic()
             if changed is None or now >= next_look:
@@ -230,21 +238,6 @@ class Merge:
                 dirty = [self._tails[p] for p in changed if p in self._tails]
             if dirty:
                 caught_up = await self._pass(dirty, final=False)
-        return caught_up
-
-    async def _wait(self, watch: Watch, longest: float) -> None:
-        assert self._wake is not None
-        await asyncio.sleep(PAUSE)
-        if self._stopping:
-            return
-        changes = asyncio.ensure_future(watch.wait(longest))
-        stop = asyncio.ensure_future(self._wake.wait())
-        try:
-            await asyncio.wait([changes, stop], return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for task in (changes, stop):
-                task.cancel()
-            await asyncio.gather(changes, stop, return_exceptions=True)
 
     def _scan(self, watch: Watch | None) -> None:
         """Find files that are not known yet."""
@@ -252,28 +245,35 @@ class Merge:
             for folder in self._sources.folders():
                 watch.add(folder)
         files, missing = self._sources.scan()
+        for path in files:
+            if path not in self._tails and path in self._resumes:
+                self._add(path)
         held = {tail.identity for tail in self._tails.values()}
         for path, status in files.items():
             identity = (status.st_dev, status.st_ino)
-            if path in self._tails or identity == self._output_identity:
-                continue
-            if identity in held:
-                continue  # a link to a source, or the file that one is still reading under the name it had
-            if identity in self._former and is_former(path, self._former[identity]):
-                continue
+            if path in self._tails or identity in held or identity == self._output_identity:
+                continue  # known; a link to a source, or the file that one is still reading under the name it had
             held.add(identity)
-            resume = self._resumes.get(path)
-            source_id = self._next_id if resume is None else resume.entry.source_id
-            self._next_id += resume is None
-            tail = Tail(path, source_id, resume, follow=self._follow, former=self._former)
-            if resume is None:
-                tail.size = status.st_size
-            self._tails[path] = tail
-            self.progress._tails.append(tail)
+            former = self._former.get(identity)
+            if former is not None and is_former(path, former):
+                continue
+            name = self._names.get(identity)
+            if name is not None and is_former(path, self._resumes[name].entry):
+                if name not in self._tails:
+                    self._add(name)  # renamed since, and the name not taken yet
+                continue
+            self._add(path).size = status.st_size
         self.progress.sources = len(self._tails)
         for path in [p for p in self.progress.problems if p not in self._tails]:
             del self.progress.problems[path]
         self.progress.problems.update(missing)
+
+    def _add(self, path: str) -> Tail:
+        resume = self._resumes.get(path)
+        source_id = _UNNUMBERED if resume is None else resume.entry.source_id
+        tail = self._tails[path] = Tail(path, source_id, resume, follow=self._follow, former=self._former)
+        self.progress._tails.append(tail)
+        return tail
 
     async def _pass(self, tails: Iterable[Tail], *, final: bool) -> bool:
         """Read what is there from these tails, an arena each in turn; False if stopped before the end."""
@@ -285,6 +285,9 @@ class Merge:
         while queue and not self._stopping:
             tail = queue.popleft()
             before = len(steps)
+            unnumbered = tail.source_id == _UNNUMBERED
+            if unnumbered:
+                tail.source_id = self._next_id
             try:
                 more = tail.read(arena, steps, final=final)
             except OSError as exc:
@@ -294,6 +297,9 @@ class Merge:
                 self.progress.problems.pop(tail.path, None)
             if len(steps) > before:
                 stats[tail.source_id] = (tail.size, tail.mtime_ns)
+                self._next_id += unnumbered
+            elif unnumbered:
+                tail.source_id = _UNNUMBERED  # it could not be opened: the number goes to the next that can
             if more:
                 queue.append(tail)
             elif not self._follow:
@@ -328,6 +334,17 @@ class Merge:
             await self._landed()
         return self._arenas.popleft()
 
+    async def _land_all(self) -> None:
+        """Wait for every batch under way, then raise what the first that failed raised: the others' is the same."""
+        failure: OffloadError | None = None
+        while self._under_way:
+            try:
+                await self._landed()
+            except OffloadError as exc:
+                failure = failure or exc
+        if failure is not None:
+            raise failure
+
     async def _landed(self) -> None:
         """Wait for the oldest batch under way."""
         call, arena = self._under_way.popleft()
@@ -345,6 +362,9 @@ def _pieces(file: PacketFile, steps: Iterable[Step]) -> Iterator[Piece]:
             assert source_id == step.source_id, "the reader numbers sources as the packet file does"
         elif type(step) is Gap:
             file.gap(step.source_id, step.info)
+        elif type(step) is Seen:
+            state = file.ledger.sources[step.source_id]
+            state.head, state.tail = step.head, step.guard
 
 
 def _can_be_read_again(recovery: Recovery) -> bool:

@@ -34,8 +34,13 @@ class Lines:
         """The lines or packets, each with its LF where it has one."""
         if self.packets is not None:
             return self.packets
-        *whole, rest = self.data.split(b"\n")
-        return [line + b"\n" for line in whole] + ([rest] if rest else [])
+        return _lines(self.data)
+
+
+def _lines(data: bytes) -> list[bytes]:
+    """Lines with their LF; `splitlines` would end one at a CR too."""
+    *whole, rest = data.split(b"\n")
+    return [line + b"\n" for line in whole] + ([rest] if rest else [])
 
 
 class LineReader:
@@ -68,15 +73,13 @@ class LineReader:
                 yield Lines(source_id, self.names[source_id], header.seq, header.time_ns, b"", packets=packets)
             return
         cut = frame.payload.rfind(b"\n") + 1
-        held = self._held.get(source_id)
-        seq = header.seq
-        if cut and held is not None:
-            first, time_ns = self._first[source_id]
-            data = self._bytes(source_id) + frame.payload[:cut]
-            yield Lines(source_id, self.names[source_id], first, time_ns, data)
-        elif cut:
+        held = source_id in self._held
+        # A line that goes on has its number from where it began: it may have been counted there.
+        seq, time_ns = self._first[source_id] if held else (header.seq, header.time_ns)
+        if cut:
             data = frame.payload if cut == len(frame.payload) else frame.payload[:cut]
-            yield Lines(source_id, self.names[source_id], seq, header.time_ns, data)
+            data = self._bytes(source_id) + data if held else data
+            yield Lines(source_id, self.names[source_id], seq, time_ns, data)
         if cut < len(frame.payload):
             if source_id not in self._held:
                 self._first[source_id] = (seq + frame.payload.count(b"\n"), header.time_ns)
@@ -112,8 +115,7 @@ class LineWriter:
             data = b"".join(p if p.endswith(b"\n") else p + b"\n" for p in lines.packets)
         if self._prefix:
             name = os.fsencode(lines.name) + b": "
-            pieces = lines.each() if lines.packets is None else data.splitlines(keepends=True)
-            data = b"".join(name + piece for piece in pieces)
+            data = b"".join(name + line for line in _lines(data))
         if self._open:
             self._out.write(b"\n")
         self._out.write(data)

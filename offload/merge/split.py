@@ -153,16 +153,23 @@ def _plan(path: str | os.PathLike[str]) -> dict[tuple[int, int], PurePath]:
     """A file name for each generation of each source, no two the same."""
     report = stat(path)
     plan: dict[tuple[int, int], PurePath] = {}
-    taken: set[PurePath] = set()
+    files: set[PurePath] = set()
+    folders: set[PurePath] = set()
     for source in report.sources:
         for generation in range(source.generation, -1, -1):
             name = safe_name(source.name)
             if generation < source.generation:
                 name = name.with_name(f"{name.name}.gen{generation}")
-            unique, number = name, 1
-            while unique in taken or any(unique in t.parents for t in taken) or any(p in taken for p in unique.parents):
-                number += 1
-                unique = name.with_name(f"{name.name}.{number}")
-            taken.add(unique)
+            unique = PurePath()
+            for part in name.parts:
+                # A file may stand where a folder is needed, and the other way round: `web` and `web/access.log`.
+                last = len(unique.parts) + 1 == len(name.parts)
+                step, number = unique / part, 1
+                while step in files or (last and step in folders):
+                    number += 1
+                    step = unique / f"{part}.{number}"
+                unique = step
+            files.add(unique)
+            folders.update(unique.parents)
             plan[source.source_id, generation] = unique
     return plan
