@@ -236,6 +236,7 @@ class Tail:
     # --- which file it is ---------------------------------------------------------------------------------------------
 
     def _open_file(self, steps: list[Step]) -> None:
+        resumed = self._resume is not None
         try:
             fd, status = open_regular(self.path)
         except FileNotFoundError:
@@ -245,7 +246,6 @@ class Tail:
                 raise
             fd, status = old, os.fstat(old)
             self._behind = True
-        resumed = self._resume is not None
         if self._known and not self._behind and not self._continues(fd, status):
             old = self._find()
             if old is not None:
