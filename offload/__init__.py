@@ -56,17 +56,40 @@ _WHERE = {
     "QueueFullError": "errors",
 }
 
-__all__ = ["__version__", *_WHERE]
+__all__ = [
+    "BrokenResourceError",
+    "BusyResourceError",
+    "Call",
+    "CallState",
+    "ClosedResourceError",
+    "DeadlockError",
+    "FileSink",
+    "ForkedError",
+    "LoopThread",
+    "Merge",
+    "OffloadError",
+    "PacketError",
+    "PacketReader",
+    "PacketTooLargeError",
+    "PacketWriter",
+    "QueueFullError",
+    "Sources",
+    "Stats",
+    "__version__",
+    "open",
+]
 
 
-def __getattr__(name: str) -> Any:
-    where = _WHERE.get(name)
-    if where is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
+if not TYPE_CHECKING:  # a checker should find a misspelt name
 
-    value = globals()[name] = getattr(import_module(f"{__name__}.{where}"), name)
-    return value
+    def __getattr__(name: str) -> Any:
+        where = _WHERE.get(name)
+        if where is None:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from importlib import import_module
+
+        value = globals()[name] = getattr(import_module(f"{__name__}.{where}"), name)
+        return value
 
 
 def __dir__() -> list[str]:
