@@ -221,6 +221,7 @@ async def _merge(
     from .merge.engine import Merge
     from .merge.sources import Sources
 
+    _allow_descriptors()
     sources = Sources(paths)
     if not follow:
         files, missing = sources.scan()
@@ -257,6 +258,15 @@ async def _merge(
             await engine.aclose()
         raise Failure(f"{output}: {_sentence(exc)}; what is in it stays, start again to go on", _code(exc)) from exc
     return progress, stopped
+
+
+def _allow_descriptors() -> None:
+    """As many open files as the system grants without asking: one for each source that is followed."""
+    with contextlib.suppress(ImportError, OSError, ValueError):
+        import resource
+
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 @contextlib.contextmanager

@@ -153,15 +153,18 @@ class PacketWriter:
 
     def _open(self) -> None:
         file = PacketFile(self.path, fsync=self._fsync, written_by=self._written_by)
-        hole = file.recovery.hole
-        if hole is not None and self._mend is not None and self._mend(file.recovery):
-            file.cut_hole()
-        elif hole is not None:
+        try:
+            hole = file.recovery.hole
+            if hole is not None and self._mend is not None and self._mend(file.recovery):
+                file.cut_hole()
+            elif hole is not None:
+                raise PacketError(
+                    f"damaged up to byte {hole.end}, with valid frames behind; keep this file and write to a new one",
+                    hole.start,
+                )
+        except BaseException:
             file.close(broken=True)
-            raise PacketError(
-                f"damaged up to byte {hole.end}, with valid frames behind; keep this file and write to a new one",
-                hole.start,
-            )
+            raise
         self._file = file
 
     def _use(self, function: Callable[[PacketFile], R]) -> R:

@@ -21,7 +21,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from ..packets.codec import CommitEntry, GapInfo, SourceInfo, line_pieces
@@ -98,6 +98,8 @@ class Tail:
         resume: where the packet file has it; None: it is new.
         follow: False: read up to the size that it has when it is opened, and end there.
         former: files that were read to their end and then lost their name, and how to know them; added to.
+        taken: whether the file that has a path now, with this device and inode, is another source's: then it is that
+            source's file under a new name, not the next one of this.
 
     Attributes:
         offset: of the next byte wanted, in the present generation.
@@ -112,8 +114,10 @@ class Tail:
         *,
         follow: bool = False,
         former: Former | None = None,
+        taken: Callable[[str, tuple[int, int]], bool] = lambda path, identity: False,
     ) -> None:
         self.path = path
+        self._taken = taken
         self.source_id = source_id
         self.offset = self.size = 0
         self.mtime_ns = 0
@@ -172,10 +176,13 @@ class Tail:
         ended = final
         while True:
             status = os.fstat(self._fd)
+            shrunk = status.st_size < self.size
             self.size, self.mtime_ns = status.st_size, status.st_mtime_ns
-            if self.size < self.offset:
+            if self.size < self.offset or (shrunk and not self._is_same()):
                 self._restart(steps, GapReason.TRUNCATED)
                 continue
+            if shrunk:
+                self._gap(steps, GapReason.TRUNCATED)  # of the last line, which was not given out yet
             upto = self.size if self._upto is None else min(self._upto, self.size)
             if upto > self.offset:
                 guard = len(self._guard)
@@ -246,15 +253,17 @@ class Tail:
                 raise
             fd, status = old, os.fstat(old)
             self._behind = True
-        if self._known and not self._behind and not self._continues(fd, status):
+        same = (status.st_dev, status.st_ino) == self._identity
+        if self._known and not self._behind and not (same and self._continues(fd, status)):
+            # First the file itself, under another name: many logs begin alike, and little may have been read of it.
             old = self._find()
             if old is not None:
                 os.close(fd)
                 fd, self._behind = old, True
                 status = os.fstat(fd)
-            else:
-                same = (status.st_dev, status.st_ino) == self._identity
-                self._gap(steps, GapReason.TRUNCATED if same else GapReason.UNLINKED)
+            elif same or not self._continues(fd, status):
+                if self.offset or self.size:
+                    self._gap(steps, GapReason.TRUNCATED if same else GapReason.UNLINKED)
                 self._begin(steps, status)
         elif not self._known:
             self._begin(steps, status)
@@ -269,15 +278,20 @@ class Tail:
         """Whether this file begins with what was read; the inode alone proves nothing, for they are used again."""
         if status.st_size < self.offset:
             return False
-        if not self.offset and self.size and (status.st_dev, status.st_ino) != self._identity:
-            return False  # nothing was read of it that could tell, but there was something to read
+        if not self.offset and (status.st_dev, status.st_ino) != self._identity:
+            return False  # nothing was read of it that could tell, but there may have been the beginning of a line
         if self._resume is None:
-            return read_at(fd, self.offset - len(self._guard), len(self._guard)) == self._guard
+            return self._is_same(fd)
         guard = holds(fd, self._resume.entry)
         if guard is None:
             return False
         self._guard, self._resume = guard, None
         return True
+
+    def _is_same(self, fd: int | None = None) -> bool:
+        """Whether what stands before the offset is what was read there."""
+        guard = len(self._guard)
+        return read_at(self._fd if fd is None else fd, self.offset - guard, guard) == self._guard
 
     def _entry(self) -> CommitEntry:
         """How to know the present file again."""
@@ -304,7 +318,8 @@ class Tail:
             status = os.stat(self.path)
         except OSError:
             return False
-        return (status.st_dev, status.st_ino) != self._identity and status.st_size > 0
+        identity = status.st_dev, status.st_ino
+        return identity != self._identity and status.st_size > 0 and not self._taken(self.path, identity)
 
     def _begin(self, steps: list[Step], status: os.stat_result) -> None:
         self._identity = (status.st_dev, status.st_ino)

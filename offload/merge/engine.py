@@ -39,6 +39,7 @@ from .sources import Sources
 
 ARENAS = 4  # one is read into, one is written, and two so that neither waits for the other's hiccup
 PAUSE = 0.001  # between two looks while following: lines that come together share a frame
+_OTHERS = 64  # descriptors that are left to the rest of the program
 _SOON = 64 << 20  # bytes in the sources that a stop still reads: some tenths of a second
 _UNNUMBERED = -1  # a source that is not in the packet file yet
 _LOOK = 1.0  # seconds between looks at everything, whatever the system reports …
@@ -112,6 +113,8 @@ class Merge:
         self._writer = PacketWriter(output, fsync=fsync, mend=_can_be_read_again)
         self._reader = LoopThread("merge reader")
         self._tails: dict[str, Tail] = {}
+        self._open: set[Tail] = set()  # those that stay open between two reads, as many as there are descriptors for
+        self._descriptors = _spare_descriptors()
         self._resumes: dict[str, Resume] = {}
         self._next_id = 0
         self._former: Former = {}
@@ -246,7 +249,9 @@ class Merge:
                 watch.add(folder)
         files, missing = self._sources.scan()
         for path in files:
-            if path not in self._tails and path in self._resumes:
+            if path in self._tails or path not in self._resumes:
+                continue
+            if not self._is_taken(path, (files[path].st_dev, files[path].st_ino)):
                 self._add(path)
         held = {tail.identity for tail in self._tails.values()}
         for path, status in files.items():
@@ -271,9 +276,23 @@ class Merge:
     def _add(self, path: str) -> Tail:
         resume = self._resumes.get(path)
         source_id = _UNNUMBERED if resume is None else resume.entry.source_id
-        tail = self._tails[path] = Tail(path, source_id, resume, follow=self._follow, former=self._former)
+        tail = self._tails[path] = Tail(
+            path, source_id, resume, follow=self._follow, former=self._former, taken=self._is_taken
+        )
         self.progress._tails.append(tail)
         return tail
+
+    def _is_taken(self, path: str, identity: tuple[int, int]) -> bool:
+        """Whether this file is one that another source reads or has read: a chain of renames gave it this name."""
+        name = self._names.get(identity)
+        if name == path and path not in self._tails:
+            return False  # as it was left
+        if any(tail.identity == identity and tail.path != path for tail in self._tails.values()):
+            return True
+        former = self._former.get(identity)
+        if former is not None and is_former(path, former):
+            return True
+        return name is not None and name != path and is_former(path, self._resumes[name].entry)
 
     async def _pass(self, tails: Iterable[Tail], *, final: bool) -> bool:
         """Read what is there from these tails, an arena each in turn; False if stopped before the end."""
@@ -300,16 +319,27 @@ class Merge:
                 self._next_id += unnumbered
             elif unnumbered:
                 tail.source_id = _UNNUMBERED  # it could not be opened: the number goes to the next that can
-            if more:
+            full = not self._keep(tail, more or self._follow)
+            if more and full and not self._follow:
+                queue.appendleft(tail)  # to its end first: opened again, it would be read up to the size it has then
+            elif more:
                 queue.append(tail)
-            elif not self._follow:
-                tail.close()
             if more or arena.room < len(arena.data) // 16 or len(steps) >= 512:
                 self._send(arena, steps, stats)
                 arena, steps, stats = await self._free_arena(), [], {}
         self._send(arena, steps, stats)
         self.progress.caught_up = not queue
         return not queue
+
+    def _keep(self, tail: Tail, wanted: bool) -> bool:
+        """Leave a tail open that is wanted; False if there are no descriptors left for it."""
+        self._open.discard(tail)
+        room = len(self._open) < self._descriptors
+        if wanted and tail.is_open and room:
+            self._open.add(tail)
+        elif not wanted or self._follow:
+            tail.close()
+        return room
 
     def _trouble(self, tail: Tail, exc: OSError) -> None:
         self.progress.problems[tail.path] = exc
@@ -365,6 +395,16 @@ def _pieces(file: PacketFile, steps: Iterable[Step]) -> Iterator[Piece]:
         elif type(step) is Seen:
             state = file.ledger.sources[step.source_id]
             state.head, state.tail = step.head, step.guard
+
+
+def _spare_descriptors() -> int:
+    """How many files may stay open: what the system grants this process, but for some that others need."""
+    try:
+        import resource
+    except ImportError:  # Windows: what the C library grants
+        return 512 - _OTHERS
+    granted, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return 1 << 30 if granted == resource.RLIM_INFINITY else max(1, granted - _OTHERS)
 
 
 def _can_be_read_again(recovery: Recovery) -> bool:
