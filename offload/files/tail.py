@@ -244,6 +244,7 @@ class Tail:
 
     def _open_file(self, steps: list[Step]) -> None:
         resumed = self._resume is not None
+        self._behind = False  # it was of the descriptor that was closed
         try:
             fd, status = open_regular(self.path)
         except FileNotFoundError:
