@@ -8,8 +8,8 @@ Promises:
     - A batch goes out in one system call behind whole frames. What the disk refuses is cut back to the last whole
       frame, and the writer can only be closed from then on.
     - Whatever ended the writer before (kill -9 too), opening cuts a torn tail and goes on behind the last whole frame.
-      A run that adds nothing leaves the file as it is, but for that.
-    - A COMMIT stands behind at most COMMIT_BYTES of frames.
+      A run that adds nothing leaves the file as it is, but for that and a COMMIT behind frames that lack one.
+    - A COMMIT stands behind at most COMMIT_BYTES of frames and one batch.
     - `durable_upto` in a COMMIT never passes the bytes that an fsync before it has covered.
     - fsync policy: "none" leaves it to the system, "interval" syncs before the COMMIT of each interval, "always" before
       `append` returns. One fsync serves all that was written since the one before.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -266,3 +267,22 @@ def test_verify_writes_nothing(made: Path) -> None:
     os.chmod(made, 0o400)
     verify(made)
     assert (made.read_bytes(), made.stat().st_mtime_ns) == before
+
+
+def test_a_writer_that_never_stops_does_not_keep_verify(tmp_path: Path) -> None:
+    """Of a live file what was there at the beginning is checked, however fast it grows."""
+    path = tmp_path / "live.opk"
+    data = b"line\n" * 200_000
+    with contextlib.closing(PacketFile(path, fsync="none")) as file:
+        source = file.open_source(SourceInfo(0, 0, 0, 0, Compression.NONE, b"s"))
+
+        def grow(done: int, size: int) -> None:
+            offset = file.ledger.sources[source].resume_off
+            file.append([Piece(source, data, offset, 200_000)])
+
+        for _ in range(6):
+            grow(0, 0)
+        found = verify(path, watcher=grow)
+    assert found.ok
+    assert found.live
+    assert 6 * 200_000 <= found.lines < 20 * 200_000
