@@ -29,12 +29,12 @@ if TYPE_CHECKING:
 
     from .merge.engine import Merge, Progress
 
-OK, NOT_ALL, USAGE, BAD_FILE, NO_OUTPUT, BUSY = 0, 1, 2, 3, 4, 5
+OK, NOT_ALL, USAGE, BAD_FILE, NO_OUTPUT, BUSY, INTERRUPTED = 0, 1, 2, 3, 4, 5, 130
 
 EXIT_CODES = (
     "Exit codes: 0 all done; 1 not all (a source that could not be read, a fault that verify found, a merge that was "
     "stopped half-way); 2 wrong usage; 3 not a packet file, or a damaged one; 4 the output could not be written; "
-    "5 somebody else writes the packet file."
+    "5 somebody else writes the packet file; 130 interrupted."
 )
 
 app = typer.Typer(
@@ -83,7 +83,7 @@ def main() -> NoReturn:
         code = exc.exit_code
     except (typer.Abort, KeyboardInterrupt):
         _say("interrupted")
-        code = 130
+        code = INTERRUPTED
     except BrokenPipeError:
         # Whoever read our output has gone; Python would complain when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -192,6 +192,7 @@ def merge(
         _say(f"{path}: {reason}")
     # Followed, a name or glob without a file yet is no failure: it may come tomorrow.
     failed = [e for e in progress.problems.values() if not (follow and isinstance(e, FileNotFoundError))]
+    stopped = stopped and not progress.caught_up
     complete = not failed and (follow or not stopped)
     if as_json:
         summary = {
@@ -222,6 +223,8 @@ async def _merge(
     from .merge.sources import Sources
 
     _allow_descriptors()
+    if not all(paths):
+        raise Failure("a path is empty, expected a file, folder or glob; is a variable unset?", USAGE)
     sources = Sources(paths)
     if not follow:
         files, missing = sources.scan()
@@ -229,24 +232,19 @@ async def _merge(
             missing = missing or {path: FileNotFoundError(errno.ENOENT, "no files in there") for path in paths}
             raise Failure("; ".join(f"{path}: {_reason(exc)}" for path, exc in missing.items()), NOT_ALL)
     engine = Merge(sources, output, follow=follow, fsync=fsync.value, poll=poll)
-    try:
-        await engine.start()
-    except PacketError as exc:
-        raise Failure(f"{_bad_file(output, exc)}; it was not touched", BAD_FILE) from exc
-    except OSError as exc:
-        raise Failure(_sentence(exc, output), NO_OUTPUT) from exc
-    stopped = False
+    stopped = 0.0
 
     def stop() -> None:
         nonlocal stopped
-        if stopped:
-            # Asked twice: now. What is in the packet file stays right, for it always is.
-            os._exit(130)
-        stopped = True
+        now = time.monotonic()
+        if stopped and now - stopped > 1:  # sooner it is the same signal, once to us and once to our group
+            _leave_at_once()
+        stopped = stopped or now
         engine.stop()
 
     try:
         with _on_signals(stop):
+            await _start(engine, output)
             running = asyncio.ensure_future(engine.run())
             if not quiet and sys.stderr.isatty():
                 with contextlib.suppress(OffloadError):  # `await running` raises it
@@ -257,7 +255,24 @@ async def _merge(
         with contextlib.suppress(OffloadError):
             await engine.aclose()
         raise Failure(f"{output}: {_sentence(exc)}; what is in it stays, start again to go on", _code(exc)) from exc
-    return progress, stopped
+    return progress, bool(stopped)
+
+
+async def _start(engine: Merge, output: Path) -> None:
+    try:
+        await engine.start()
+    except PacketError as exc:
+        raise Failure(f"{_bad_file(output, exc)}; it was not touched", BAD_FILE) from exc
+    except OSError as exc:
+        raise Failure(_sentence(exc, output), NO_OUTPUT) from exc
+
+
+def _leave_at_once() -> NoReturn:
+    """Asked again: now. What is in the packet file stays right, for it always is."""
+    if sys.stderr.isatty():
+        sys.stderr.write("\x1b[?25h\n")  # the status line had hidden the cursor
+    _say("left at once; start it again to go on")
+    os._exit(INTERRUPTED)
 
 
 def _allow_descriptors() -> None:

@@ -507,7 +507,7 @@ def test_a_second_merge_into_the_same_file_is_refused(logs: Path, out: Path) -> 
     (logs / "a").write_bytes(b"one\n")
     with started("merge", "-f", logs, "-o", out) as merge:
         until(holds(out, 1), merge)
-        fails("merge", logs, "-o", out, code=5, says=".* is being written by another process; wait for it or write .*")
+        fails("merge", logs, "-o", out, code=5, says=".* is being written by somebody else; wait for it or write .*")
         append(logs / "a", b"two\n")
         until(holds(out, 2), merge)
         merge.send_signal(signal.SIGINT)
@@ -607,28 +607,80 @@ def test_a_batch_merge_that_is_interrupted_goes_on_later(big: tuple[Path, int]) 
         out.unlink(missing_ok=True)
 
 
+HUNG_DISK = """
+import time
+from offload.files.sink import AppendFile
+AppendFile.sync = lambda self: time.sleep(600)
+from offload.cli import main
+main()
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
-def test_asked_twice_it_ends_at_once(big: tuple[Path, int], second: signal.Signals) -> None:
-    """A second signal does not wait for anything: 130, and what is in the file is right and can be continued."""
-    path, _ = big
-    out = path.parent / "twice.opk"
-    try:
-        with started("merge", path, "-o", out, "--fsync", "always") as merge:
-            until(lambda: out.exists() and out.stat().st_size > 1_000_000, merge)
-            merge.send_signal(signal.SIGSTOP)  # so that it meets both at once, and the first cannot end it
-            merge.send_signal(signal.SIGINT if second is signal.SIGTERM else signal.SIGTERM)
-            merge.send_signal(second)
-            merge.send_signal(signal.SIGCONT)
-            assert ended(merge, code=130) == (130, b"", "")
-        # A frame may be torn, as after kill -9; a reader says so, the next writer cuts it.
-        assert all("torn tail" in fault for _, fault in verify(out).faults)
-        with path.open("rb") as original, FrameSource(out) as source:
-            for frame in source:
-                if frame.header.type is FrameType.LINES:
-                    assert frame.payload == original.read(len(frame.payload))
-    finally:
-        out.unlink(missing_ok=True)
+def test_asked_twice_it_ends_at_once(logs: Path, out: Path, second: signal.Signals) -> None:
+    """With a disk that hangs, a second signal ends it: 130, one line, and what is in the file is right."""
+    (logs / "a").write_bytes(b"one\n")
+    command = [sys.executable, "-c", HUNG_DISK, "merge", "-f", str(logs), "-o", str(out), "--fsync", "always"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as merge:
+        until(lambda: out.exists() and b"one\n" in out.read_bytes(), merge)
+        merge.send_signal(signal.SIGINT)
+        merge.send_signal(second)  # forwarded by a shell or a supervisor: it is the same one
+        with pytest.raises(subprocess.TimeoutExpired):
+            merge.wait(1.2)
+        merge.send_signal(second)
+        done = ended(merge, code=130)
+    assert done.err == "offload: left at once; start it again to go on\n"
+    assert run("merge", logs, "-o", out, "--json").out
+    assert run("cat", out).out == b"one\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("after", [0.2, 1.0])
+def test_ctrl_c_ends_the_demo(tmp_path: Path, after: float) -> None:
+    """Whoever has seen enough of the demo does not have to kill it."""
+    with started("demo", "--dir", tmp_path / "demo") as demo:
+        until(lambda: (tmp_path / "demo" / "logs" / "api.log").exists(), demo)
+        time.sleep(after)
+        demo.send_signal(signal.SIGINT)
+        assert ended(demo, code=130).code == 130
+
+
+@pytest.mark.slow
+def test_split_of_a_file_that_grows_takes_what_was_there(logs: Path, out: Path, tmp_path: Path) -> None:
+    """Sources that appear while split runs are for the next time."""
+    with started("merge", "-f", logs, "-o", out) as merge:
+        for number in range(200):
+            (logs / f"{number}.log").write_bytes(b"line\n" * 1000)
+            if number % 40 == 20:
+                until(lambda: out.exists() and out.stat().st_size > 5000, merge)
+                run("split", "-d", tmp_path / f"back{number}", out)
+        merge.send_signal(signal.SIGTERM)
+        ended(merge)
+    files = list((tmp_path / "back180").iterdir())
+    assert files
+    assert all(file.read_bytes() == b"line\n" * 1000 for file in files)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["merge", "", "-o", "x.opk"], "a path is empty, expected a file, folder or glob; is a variable unset?"),
+        (["merge", "a", "-o", os.devnull], f"{os.devnull}: no regular file; a packet file cannot be written there"),
+    ],
+)
+def test_arguments_that_mean_something_else(tmp_path: Path, arguments: list[str], message: str) -> None:
+    """An unset variable is not the working folder, and a device keeps no packet file."""
+    (tmp_path / "a").write_bytes(b"1\n")
+    done = run(*arguments, cwd=tmp_path, code=2 if "" in arguments else 4)
+    assert done.err == f"offload: {message}\n"
+
+
+def test_packet_files_in_a_folder_are_no_sources(logs: Path) -> None:
+    """Two merges of one folder into itself do not feed each other."""
+    (logs / "a").write_bytes(b"1\n")
+    for name in ("x.opk", "y.opk"):
+        assert b'"sources": 1' in run("merge", logs, "-o", logs / name, "--json").out
 
 
 # --- what it says -----------------------------------------------------------------------------------------------------

@@ -19,8 +19,10 @@ Promises:
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
+import stat
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -103,6 +105,8 @@ class PacketFile:
         self._staged: list[Buffer] = []  # frames that the ledger knows and the file does not
         self._file = AppendFile(path, readable=True)
         try:
+            if not self._file.regular:
+                raise OSError(errno.EINVAL, "no regular file; a packet file cannot be written there", os.fspath(path))
             lock(self._file.fd, self.path)
             self.recovery: Recovery = recover(self._read_at, self._file.end)
         except BaseException:
@@ -228,6 +232,7 @@ class PacketFile:
     def tick(self) -> None:
         """What is due at the end of an interval: fsync by policy, then a COMMIT."""
         if self._staged or self.ledger.changed:
+            self._check_place()
             if self.fsync != "none":
                 self._write()
                 self.sync()
@@ -240,8 +245,18 @@ class PacketFile:
                 self.tick()
                 if self.fsync != "none":
                     self.sync()
+                self._check_place()
         finally:
             self._file.close()
+
+    def _check_place(self) -> None:
+        """Raises FileNotFoundError if what is written can no longer be found where the user expects it."""
+        try:
+            status = os.stat(self.path)
+        except FileNotFoundError:
+            status = None
+        if status is None or (status.st_dev, status.st_ino) != self.identity:
+            raise FileNotFoundError(errno.ENOENT, "was removed or replaced while it was written", os.fspath(self.path))
 
     # --- frames -----------------------------------------------------------------------------------------------------
 
@@ -298,6 +313,23 @@ def _frame_sizes(staged: Iterable[Buffer]) -> Iterator[int]:
         yield HEADER_BYTES + payload_len
 
 
+def open_regular(path: str) -> tuple[int, os.stat_result]:
+    """Open a regular file for reading; a FIFO would block, a device never ends.
+
+    Raises:
+        OSError: as `os.open`; IsADirectoryError for a folder; a plain OSError for what else is no regular file.
+    """
+    flags = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)
+    fd = os.open(path, flags)
+    status = os.fstat(fd)
+    if stat.S_ISREG(status.st_mode):
+        return fd, status
+    os.close(fd)
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+    raise OSError(errno.EINVAL, "no regular file", path)
+
+
 def read_at(fd: int, offset: int, length: int) -> bytes:
     """At most `length` bytes at `offset`; fewer only at the end of the file."""
     parts: list[bytes] = []
@@ -341,7 +373,7 @@ def lock(fd: int, path: Path) -> None:
                 time.sleep(0.001)
             raise BlockingIOError
     except (BlockingIOError, PermissionError):
-        raise BusyResourceError(f"{path} is being written by another process; wait for it or write elsewhere") from None
+        raise BusyResourceError(f"{path} is being written by somebody else; wait for it or write elsewhere") from None
 
 
 def is_locked(fd: int) -> bool:
@@ -382,7 +414,7 @@ class FrameSource:
         self._follow = follow
         self._on_damage = on_damage
         self._suspect = -1  # while following: where no valid frame was found at the last look
-        self._fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0))
+        self._fd, _ = open_regular(os.fspath(path))
         self._decoder = PacketDecoder(on_damage=on_damage)
         self._at = 0
 

@@ -24,13 +24,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
 
-from ..errors import BrokenResourceError, ClosedResourceError, OffloadError, PacketError
+from ..errors import BrokenResourceError, ClosedResourceError, OffloadError, PacketError, PacketTooLargeError
 from ..loops import Call, LoopThread
 from ..packets.codec import Buffer, Frame, SourceInfo, line_pieces, packets_payload
 from ..packets.format import MAX_PAYLOAD, Compression, EntryFlag, FrameType
 from ..packets.recover import Recovery, SourceState
 from .packet_file import FrameSource, Fsync, PacketFile, Piece
-from .sink import MAX_BYTES, Intake
+from .sink import MAX_BYTES, Intake, as_bytes
 
 R = TypeVar("R")
 
@@ -105,7 +105,7 @@ class PacketWriter:
         """Append one packet of any bytes, 0 to 16 MiB, to a source; otherwise as `write`.
 
         Raises:
-            PacketError: over 16 MiB; nothing was accepted.
+            PacketTooLargeError: over 16 MiB; nothing was accepted.
         """
         return self._put(packet, source, packet=True)
 
@@ -137,12 +137,11 @@ class PacketWriter:
         return self._thread.call(self._use, function)
 
     def _put(self, data: str | Buffer, source: str, *, packet: bool) -> Awaitable[None]:
-        if isinstance(data, str):
-            data = data.encode()
-        elif not isinstance(data, bytes):
-            data = bytes(data)
+        data = as_bytes(data)
         if packet and len(data) > MAX_PAYLOAD:
-            raise PacketError(f"packet is {len(data)} bytes, limit is {MAX_PAYLOAD}; use write for long lines", 0)
+            raise PacketTooLargeError(
+                f"packet is {len(data)} bytes, limit is {MAX_PAYLOAD}; use write for long lines", 0
+            )
         if self._file is None and self._error is None:
             raise ClosedResourceError(f"{self.path} is not open; use it as `async with`, or await its start()")
         if source not in self._ids:

@@ -50,7 +50,8 @@ class AppendFile:
 
     Attributes:
         end: size in bytes, after the last whole append.
-        created: whether opening made the file.
+        created: whether opening made the file, and its folder has not been synced since.
+        regular: whether it is a regular file, which can be cut.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, readable: bool = False) -> None:
@@ -64,8 +65,8 @@ class AppendFile:
             self.fd = os.open(path, flags | os.O_CREAT, 0o666)
             self.created = True
         status = os.fstat(self.fd)
-        self._regular = stat.S_ISREG(status.st_mode)
-        self.end = status.st_size if self._regular else 0
+        self.regular = stat.S_ISREG(status.st_mode)
+        self.end = status.st_size if self.regular else 0
 
     def append(self, buffers: Sequence[Buffer], whole: Callable[[int], int]) -> None:
         """Append these bytes.
@@ -91,7 +92,7 @@ class AppendFile:
 
     def _cut_back(self, taken: int, spare: int, last: int) -> None:
         """Take away the last `spare` of the bytes just taken, in so far as they are the last bytes of the file."""
-        if not self._regular:
+        if not self.regular:
             return
         size = os.fstat(self.fd).st_size
         # Somebody else may write the same file: by a size of our own we would cut their bytes, or put NULs in. What one
@@ -102,13 +103,13 @@ class AppendFile:
 
     def cut(self, end: int) -> None:
         """Take away what stands behind byte `end`."""
-        if self._regular:
+        if self.regular:
             os.ftruncate(self.fd, end)
             self.end = end
 
     def sync(self) -> None:
         """Return once all of it is on the disk, as far as the system can tell."""
-        if not self._regular:
+        if not self.regular:
             return
         sync_descriptor(self.fd)
         if self.created:
@@ -300,6 +301,21 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
+def as_bytes(data: str | Buffer, encoding: str = "utf-8") -> bytes:
+    """What somebody wrote, as bytes that nobody can change any more.
+
+    Raises:
+        TypeError: it is neither text nor bytes; `bytes()` would take a number for a length.
+    """
+    if isinstance(data, bytes):
+        return data
+    if isinstance(data, str):
+        return data.encode(encoding)
+    if isinstance(data, bytearray | memoryview):
+        return bytes(data)
+    raise TypeError(f"write got {type(data).__name__}, expected str or bytes")
+
+
 class FileSink:
     """Ordered appends to one file from any loop or thread; see the head of this module for what it promises.
 
@@ -355,10 +371,7 @@ class FileSink:
         Call from any loop; in a thread without one, it waits for room itself. Cancelling the wait does not take the
         piece back.
         """
-        if isinstance(data, str):
-            data = data.encode(self._encoding)
-        elif not isinstance(data, bytes):
-            data = bytes(data)
+        data = as_bytes(data, self._encoding)
         if self._file is None and self._error is None:
             raise ClosedResourceError(f"sink {self.path} is not open; use it as `async with`, or await its start()")
         return self._intake.put(data, len(data))

@@ -18,16 +18,14 @@ The partial last line is held as an offset, not as bytes: memory does not grow w
 
 from __future__ import annotations
 
-import errno
 import os
-import stat
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from ..packets.codec import CommitEntry, GapInfo, SourceInfo, line_pieces
 from ..packets.format import GUARD_BYTES, HEAD_BYTES, NONE_U64, Compression, EntryFlag, GapReason
 from ..packets.recover import digest
-from .packet_file import Piece, read_at
+from .packet_file import Piece, open_regular, read_at
 
 ARENA_BYTES = 1 << 20
 _ROOM = 64 << 10  # an arena with less than this left is full: a read of less is not worth its system call
@@ -127,6 +125,8 @@ class Tail:
         self._upto: int | None = None
         self._resume = resume  # until what it says has been compared with the file
         self._known = resume is not None  # whether the source is in the packet file
+        self._start: CommitEntry | None = None
+        self._checked_ns = 0  # mtime when the guard was last compared
         self._behind = False  # the open file has lost its name to another, which comes next
         self._identity: tuple[int, int] | None = None
         self._open = EntryFlag.NONE
@@ -151,6 +151,10 @@ class Tail:
         """Bytes that are there and not given out, as of the last look."""
         upto = self.size if self._upto is None else self._upto
         return max(0, upto - self.offset)
+
+    def begin_at(self, entry: CommitEntry) -> None:
+        """Begin behind what was read of this file when it had another name; before the first read."""
+        self._start = entry
 
     def close(self) -> None:
         """Let go of the descriptor; the next read opens the file again and compares it with what is known."""
@@ -202,6 +206,10 @@ class Tail:
                     if self.offset == at and not fresh:
                         return True  # a line that is longer than what was left of this arena
                     continue
+            elif self._guard and self.mtime_ns != self._checked_ns and not self._is_same():
+                self._restart(steps, GapReason.TRUNCATED)  # written anew, and as long as before
+                continue
+            self._checked_ns = self.mtime_ns
             if not (self._follow or self._behind) or not self._replaced():
                 return False
             if self.offset < upto and not ended:
@@ -267,7 +275,9 @@ class Tail:
                     self._gap(steps, GapReason.TRUNCATED if same else GapReason.UNLINKED)
                 self._begin(steps, status)
         elif not self._known:
-            self._begin(steps, status)
+            start, self._start = self._start, None
+            self._begin(steps, status, 0 if start is None else start.resume_off)
+            resumed = start is not None
         self._fd, self._identity = fd, (status.st_dev, status.st_ino)
         if resumed and self.offset:
             self._guard = read_at(fd, max(0, self.offset - GUARD_BYTES), min(self.offset, GUARD_BYTES))
@@ -322,12 +332,12 @@ class Tail:
         identity = status.st_dev, status.st_ino
         return identity != self._identity and status.st_size > 0 and not self._taken(self.path, identity)
 
-    def _begin(self, steps: list[Step], status: os.stat_result) -> None:
+    def _begin(self, steps: list[Step], status: os.stat_result, start: int = 0) -> None:
         self._identity = (status.st_dev, status.st_ino)
-        self.offset, self._guard, self._open, self._resume = 0, b"", EntryFlag.NONE, None
+        self.offset, self._guard, self._open, self._resume = start, b"", EntryFlag.NONE, None
         self.size, self.mtime_ns = status.st_size, status.st_mtime_ns
         path = os.fsencode(self.path)
-        info = SourceInfo(status.st_dev, status.st_ino, 0, 0, Compression.NONE, path)
+        info = SourceInfo(status.st_dev, status.st_ino, 0, start, Compression.NONE, path)
         steps.append(Begin(self.source_id, info, first=not self._known))
         self._known = True
 
@@ -347,23 +357,6 @@ class Tail:
 
     def _gap(self, steps: list[Step], reason: GapReason) -> None:
         steps.append(Gap(self.source_id, GapInfo(self.offset, NONE_U64, NONE_U64, reason)))
-
-
-def open_regular(path: str) -> tuple[int, os.stat_result]:
-    """Open a regular file for reading; a FIFO would block, a device never ends.
-
-    Raises:
-        OSError: as `os.open`; IsADirectoryError for a folder; a plain OSError for what else is no regular file.
-    """
-    flags = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)
-    fd = os.open(path, flags)
-    status = os.fstat(fd)
-    if stat.S_ISREG(status.st_mode):
-        return fd, status
-    os.close(fd)
-    if stat.S_ISDIR(status.st_mode):
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
-    raise OSError(errno.EINVAL, "no regular file", path)
 
 
 def holds(fd: int, entry: CommitEntry) -> bytes | None:

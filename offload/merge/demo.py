@@ -7,6 +7,7 @@ import filecmp
 import os
 import random
 import shutil
+import threading
 import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
@@ -37,7 +38,7 @@ def clear(folder: Path) -> None:
     (folder / _MARK).write_text("made by `offload demo`, which may empty this folder\n")
 
 
-def write_log(path: Path, lines: int, seed: int) -> None:
+def write_log(path: Path, lines: int, seed: int, stop: threading.Event) -> None:
     """What a program does: append lines, now and then a pause, now and then a line in two pieces."""
     chance = random.Random(seed)
     with path.open("ab", buffering=0) as log:
@@ -46,8 +47,10 @@ def write_log(path: Path, lines: int, seed: int) -> None:
             cut = len(line) if chance.random() < 0.8 else chance.randrange(1, len(line))
             log.write(line[:cut])
             if chance.random() < 0.06:
-                time.sleep(chance.random() * 0.05)
+                stop.wait(chance.random() * 0.05)
             log.write(line[cut:])
+            if stop.is_set():
+                return
 
 
 async def demo(folder: Path, *, lines: int = 2000) -> AsyncIterator[str]:
@@ -63,8 +66,10 @@ async def demo(folder: Path, *, lines: int = 2000) -> AsyncIterator[str]:
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(merge)
         running = asyncio.ensure_future(merge.run())
+        stop = threading.Event()
         programs = [(name, await stack.enter_async_context(LoopThread(f"program {name}"))) for name in NAMES]
-        calls = [t.call(write_log, logs / f"{name}.log", lines, i) for i, (name, t) in enumerate(programs)]
+        stack.callback(stop.set)  # first of all, however we leave
+        calls = [t.call(write_log, logs / f"{name}.log", lines, i, stop) for i, (name, t) in enumerate(programs)]
         written = asyncio.ensure_future(asyncio.wait(calls))
         started = time.monotonic()
         while not written.done() and not running.done():

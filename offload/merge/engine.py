@@ -23,15 +23,15 @@ import contextlib
 import os
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
-from ..errors import OffloadError
-from ..files.packet_file import Fsync, PacketFile, Piece
+from ..errors import ClosedResourceError, OffloadError
+from ..files.packet_file import Fsync, PacketFile, Piece, open_regular
 from ..files.packet_stream import PacketWriter
-from ..files.tail import Arena, Begin, Former, Gap, Resume, Seen, Step, Tail, holds, is_former, open_regular
+from ..files.tail import Arena, Begin, Former, Gap, Resume, Seen, Step, Tail, holds, is_former
 from ..files.watch import Watch
 from ..loops import Call, LoopThread, outlast
 from ..packets.recover import Recovery
@@ -89,7 +89,7 @@ class Merge:
             await merge.run()
 
     Args:
-        sources: what to read.
+        sources: what to read; a list of files, folders and globs will do.
         output: the packet file; one that is there is continued. It is never read as a source.
         follow: go on with what is added until `stop()`, otherwise end with what is there.
         fsync: as for PacketFile.
@@ -98,7 +98,7 @@ class Merge:
 
     def __init__(
         self,
-        sources: Sources,
+        sources: Sources | Sequence[str],
         output: str | os.PathLike[str],
         *,
         follow: bool = False,
@@ -106,7 +106,7 @@ class Merge:
         poll: bool = False,
     ) -> None:
         self.progress = Progress()
-        self._sources = sources
+        self._sources = sources if isinstance(sources, Sources) else Sources(sources)
         self._output = os.path.abspath(output)
         self._follow = follow
         self._poll = poll
@@ -121,6 +121,7 @@ class Merge:
         self._names: dict[tuple[int, int], str] = {}  # of the files that sources had when the packet file was left
         self._output_identity: tuple[int, int] | None = None
         self._stopping = False
+        self._ran = False
         self._watch: Watch | None = None
         self._arenas: deque[Arena] = deque()
         self._under_way: deque[tuple[Call[None], Arena]] = deque()
@@ -145,6 +146,9 @@ class Merge:
 
         Runs on the merge's threads. Cancelling ends it as soon as what was read is in the file.
         """
+        if self._ran:
+            raise ClosedResourceError("this merge has run; make another to go on")
+        self._ran = True
         self.progress.started = time.monotonic()
         try:
             await self._reader.run(self._engine)
@@ -161,7 +165,8 @@ class Merge:
                 self._reader.post(watch.wake)
 
     async def aclose(self) -> None:
-        """End both threads and close the packet file."""
+        """Stop, if `run()` is still under way, end both threads and close the packet file."""
+        self.stop()
         try:
             await self._reader.aclose()
         finally:
@@ -261,6 +266,8 @@ class Merge:
             held.add(identity)
             former = self._former.get(identity)
             if former is not None and is_former(path, former):
+                if status.st_size > former.resume_off:
+                    self._add(path).begin_at(former)  # its writer went on after we had left it
                 continue
             name = self._names.get(identity)
             if name is not None and is_former(path, self._resumes[name].entry):

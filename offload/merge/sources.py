@@ -13,15 +13,18 @@ class Sources:
     """The files that some arguments name.
 
     Args:
-        arguments: each a file; a folder, for all regular files in it and below, hidden ones left out; or a glob (`*`,
-            `?`, `[…]`, `**` for folders below). A name that exists is taken as it is, whatever signs are in it.
+        arguments: each a file; a folder, for all regular files in it and below; or a glob (`*`, `?`, `[…]`, `**` for
+            folders below). A name that exists is taken as it is, whatever signs are in it. In folders, hidden files and
+            links to folders are left out; in folders and globs, packet files (`.opk`).
 
     What an argument names is taken as an absolute path; a file that two arguments or links name is one source.
     """
 
     def __init__(self, arguments: Sequence[str]) -> None:
-        if not arguments:
-            raise ValueError("no sources given")
+        if isinstance(arguments, str | bytes):
+            raise TypeError(f"sources are {arguments!r}, expected a list of paths; write [{arguments!r}]")
+        if not arguments or not all(arguments):
+            raise ValueError("no sources given" if not arguments else "a source is an empty name, expected a path")
         self.arguments = [os.path.abspath(a) for a in arguments]
 
     def scan(self) -> tuple[dict[str, os.stat_result], dict[str, OSError]]:
@@ -41,7 +44,7 @@ class Sources:
                     files.setdefault(path, status)
                 else:
                     missing[argument] = OSError(errno.EINVAL, "no regular file, folder or glob", argument)
-            if not found and not os.path.isdir(argument):
+            if not found and argument not in missing and not os.path.isdir(argument):
                 missing[argument] = FileNotFoundError(errno.ENOENT, "no such file, and no file matches", argument)
         return files, missing
 
@@ -58,7 +61,9 @@ class Sources:
 def _named(argument: str, missing: dict[str, OSError]) -> Iterator[tuple[str, os.stat_result]]:
     try:
         status = os.stat(argument)
-    except (OSError, ValueError):
+    except (OSError, ValueError) as exc:
+        if isinstance(exc, PermissionError):
+            missing[argument] = exc  # which is not the same as "no such file"
         matches = sorted(glob.iglob(argument, recursive=True)) if glob.has_magic(argument) else ()
         yield from _regular(matches)
         return
@@ -90,5 +95,6 @@ def _regular(paths: Iterable[str]) -> Iterator[tuple[str, os.stat_result]]:
             status = os.stat(path)
         except OSError:
             continue  # it went between listing and looking
-        if stat.S_ISREG(status.st_mode):
+        # Packet files are left out: two merges in one folder would feed each other for ever.
+        if stat.S_ISREG(status.st_mode) and not path.endswith(".opk"):
             yield path, status

@@ -32,8 +32,8 @@ class FileStat:
     """Counts from the frames' headers; payloads are not read."""
 
     size: int = 0
+    end: int = 0  # of the last whole frame
     frames: int = 0
-    durable_upto: int = 0
     sources: list[SourceStat] = field(default_factory=list)
 
     @property
@@ -58,6 +58,7 @@ def stat(path: str | os.PathLike[str]) -> FileStat:
         report.size = source.size()
         for frame in source.headers():
             report.frames += 1
+            report.end = frame.end
             header = frame.header
             if header.type is FrameType.SOURCE:
                 info = SourceInfo.unpack(frame)
@@ -102,7 +103,7 @@ def split(
         OSError: as `open` and `write`.
     """
     root = Path(folder)
-    plan = _plan(path)
+    plan, end = _plan(path)
     result = Split()
     files: dict[tuple[int, int], BinaryIO] = {}
     made: set[tuple[int, int]] = set()
@@ -124,6 +125,8 @@ def split(
         with FrameSource(path) as source:
             size = source.size()
             for frame in source:
+                if frame.offset >= end:
+                    break  # written since we looked
                 header = frame.header
                 key = (header.source_id, header.generation)
                 if header.type is FrameType.SOURCE:
@@ -137,9 +140,9 @@ def split(
                     result.written[root / plan[key]] += len(content)
                 elif header.type is FrameType.GAP:
                     gap = GapInfo.unpack(frame)
-                    end = "its end" if gap.end == NONE_U64 else f"byte {gap.end}"
+                    to = "its end" if gap.end == NONE_U64 else f"byte {gap.end}"
                     reason = gap.reason.name.lower()
-                    result.incomplete[root / plan[key]] = f"from byte {gap.start} to {end} {reason} before it was read"
+                    result.incomplete[root / plan[key]] = f"from byte {gap.start} to {to}: {reason} before it was read"
                 watcher(frame.end, size)
             if not source.is_being_written():
                 source.end()
@@ -149,8 +152,8 @@ def split(
     return result
 
 
-def _plan(path: str | os.PathLike[str]) -> dict[tuple[int, int], PurePath]:
-    """A file name for each generation of each source, no two the same."""
+def _plan(path: str | os.PathLike[str]) -> tuple[dict[tuple[int, int], PurePath], int]:
+    """A file name for each generation of each source, no two the same; and the end of the frames that it knows."""
     report = stat(path)
     plan: dict[tuple[int, int], PurePath] = {}
     files: set[PurePath] = set()
@@ -172,4 +175,4 @@ def _plan(path: str | os.PathLike[str]) -> dict[tuple[int, int], PurePath]:
             files.add(unique)
             folders.update(unique.parents)
             plan[source.source_id, generation] = unique
-    return plan
+    return plan, report.end

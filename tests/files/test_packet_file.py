@@ -325,7 +325,7 @@ def test_a_second_writer_is_refused(tmp_path: Path) -> None:
     first = PacketFile(path)
     fill(first, b"a\n")
     before = path.read_bytes()
-    with pytest.raises(BusyResourceError, match=r"out.opk is being written by another process; wait for it or write"):
+    with pytest.raises(BusyResourceError, match=r"out.opk is being written by somebody else; wait for it or write"):
         PacketFile(path)
     assert path.read_bytes() == before
     fill(first, b"b\n")

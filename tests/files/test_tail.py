@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
 
 from offload.files import tail as module
-from offload.files.packet_file import PacketFile, Piece
-from offload.files.tail import ARENA_BYTES, Arena, Begin, Gap, Resume, Seen, Step, Tail, is_former, open_regular
+from offload.files.packet_file import PacketFile, Piece, open_regular
+from offload.files.tail import ARENA_BYTES, Arena, Begin, Gap, Resume, Seen, Step, Tail, is_former
 from offload.merge.audit import verify
 from offload.packets.format import GUARD_BYTES, Flag, GapReason
 

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import gc
 import logging
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from offload.errors import BrokenResourceError, BusyResourceError, PacketError
+from offload.errors import BrokenResourceError, BusyResourceError, ClosedResourceError, PacketError
 from offload.files.packet_file import FrameSource
 from offload.files.tail import Arena, Step, Tail
 from offload.merge.audit import verify
@@ -641,7 +642,7 @@ async def test_a_second_writer_is_refused(logs: Path, out: Path) -> None:
     (logs / "a").write_bytes(b"one\n")
     async with following(out, logs) as engine:
         await until(lambda: engine.progress.lines == 1)
-        with pytest.raises(BusyResourceError, match="being written by another process"):
+        with pytest.raises(BusyResourceError, match="being written by somebody else"):
             await Merge(Sources([str(logs)]), out).start()
         append(logs / "a", b"two\n")
         await until(lambda: engine.progress.lines == 2)
@@ -819,7 +820,6 @@ async def test_a_file_that_can_be_opened_only_later_gets_its_own_number(logs: Pa
     assert contents(out) == {"a": b"a1\n", "b": b"b1\n", "c": b"c1\n", "d": b"d1\n"}
 
 
-@pytest.mark.xfail(strict=True, reason="what is written to a renamed file after its successor was begun is not read")
 async def test_late_lines_of_a_renamed_file_are_read(logs: Path, out: Path) -> None:
     """One of two writers that still has the old file when the other writes the new one loses nothing."""
     path = logs / "app.log"
@@ -833,3 +833,51 @@ async def test_late_lines_of_a_renamed_file_are_read(logs: Path, out: Path) -> N
             slow.write(b"late\n")
     await merge(out, logs)
     assert sorted(b"".join(contents(out).values()).splitlines()) == [b"1", b"2", b"late"]
+
+
+@pytest.mark.parametrize("error", [None, KeyError("mine")])
+async def test_leaving_the_block_while_it_runs_stops_it(logs: Path, out: Path, error: Exception | None) -> None:
+    """Whoever leaves `async with` does not wait for a merge that nobody stops; what was read is in the file."""
+    (logs / "a").write_bytes(b"1\n")
+    with pytest.raises(KeyError) if error else contextlib.nullcontext():
+        async with Merge([str(logs)], out, follow=True) as engine:
+            running = asyncio.ensure_future(engine.run())
+            await until(lambda: engine.progress.lines == 1)
+            if error is not None:
+                raise error
+    await running
+    assert contents(out) == {"a": b"1\n"}
+
+
+async def test_a_file_rewritten_to_the_same_length_is_begun_again(logs: Path, out: Path) -> None:
+    """A status file that is written anew each time, always as long: each content is there, and a gap between them."""
+    path = logs / "status"
+    path.write_bytes(b"state 1\n")
+    async with following(out, logs) as engine:
+        for number in (2, 3):
+            await until(lambda before=number - 1: engine.progress.lines == before)  # type: ignore[misc]
+            path.write_bytes(b"state %d\n" % number)
+        await until(lambda: engine.progress.lines == 3)
+    assert contents(out) == {"status": b"state 1\nstate 2\nstate 3\n"}
+    assert engine.progress.gaps == 2
+
+
+async def test_a_merge_runs_once(logs: Path, out: Path) -> None:
+    """A second run of the same merge is refused, and does not tell the first one's counts again."""
+    async with Merge([str(logs)], out) as engine:
+        await engine.run()
+        with pytest.raises(ClosedResourceError, match="make another"):
+            await engine.run()
+
+
+async def test_an_output_that_is_gone_is_an_error(logs: Path, out: Path) -> None:
+    """Removed or replaced while it is written: nobody is told that all went well."""
+    (logs / "a").write_bytes(b"1\n")
+    engine = await Merge([str(logs)], out, follow=True).start()
+    running = asyncio.ensure_future(engine.run())
+    await until(lambda: engine.progress.lines == 1)
+    out.unlink()
+    engine.stop()
+    await asyncio.wait([running])
+    with pytest.raises(BrokenResourceError, match="removed or replaced"):
+        await engine.aclose()

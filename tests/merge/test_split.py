@@ -158,7 +158,7 @@ def test_generations_are_files_of_their_own(out: Path, back: Path) -> None:
     file.close()
     done = split(out, back)
     assert tree(back) == {"app.log": b"two\n", "app.log.gen0": b"zero\n", "app.log.gen1": b"one\n"}
-    assert done.incomplete == {back / "app.log.gen1": "from byte 4 to its end truncated before it was read"}
+    assert done.incomplete == {back / "app.log.gen1": "from byte 4 to its end: truncated before it was read"}
 
 
 def test_a_source_that_was_not_read_from_its_start_is_told(out: Path, back: Path) -> None:
