@@ -259,7 +259,7 @@ class PacketDecoder:
     Args:
         offset: place of the first byte fed, in the file.
         on_damage: None: the first invalid byte raises PacketError, and so does every later feed. Otherwise called
-            with each damaged stretch once its end is known; decoding goes on at the next valid header (FORMAT rule 8).
+            with each damaged stretch once its end is known; decoding goes on at the next valid header.
     """
 
     def __init__(self, *, offset: int = 0, on_damage: Callable[[Damage], None] | None = None) -> None:

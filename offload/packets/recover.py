@@ -3,7 +3,7 @@
 `Ledger` is the one place that knows what a frame does to the state: the writer applies each frame it writes,
 recovery each frame it replays, `verify` each frame it reads. `Ledger.faults` lists what is wrong about a frame.
 
-`recover` (FORMAT rule 2) finds the last COMMIT from the end, goes back to the last one that lists all sources, takes
+`recover` finds the last COMMIT from the end, goes back to the last one that lists all sources, takes
 the entries from there on, and replays the frames after the last COMMIT. It reads those, never the whole file. The
 caller gives it `read_at`; nothing here opens a file.
 
