@@ -51,7 +51,7 @@ length of the head (first bytes, at most HEAD_BYTES) and of the tail guard (byte
 GUARD_BYTES), and where its SOURCE frame stands. Hashes are BLAKE2b-128. The chain is SHA-256 over the chain before and
 the headers (they hold the payloads' CRCs) of all frames since the COMMIT before.
 
-What building changed in the first draft of this page, before the first golden file:
+Why some fields stand where they do:
     - The head's hash stands in COMMIT entries, not in SOURCE: it grows with the file, a SOURCE frame does not.
     - COMMIT points back to the COMMIT before and to the SOURCE frames, and the guard states its length, so that
       recovery reads a few frames from the end however large the file is.
