@@ -13,7 +13,7 @@ Promises:
     - A call from the thread itself runs at once; a blocking wait there raises DeadlockError.
     - If the loop ends in another way (somebody stopped it), every call gets BrokenResourceError.
     - In a forked child every thread of the parent raises ForkedError: threads do not survive a fork.
-    - At interpreter exit every thread that is still open is drained and closed as above, for at most `exit_timeout`
+    - At interpreter exit every thread that is still open is drained and closed as above, for at most EXIT_TIMEOUT
       seconds altogether; then a warning names the resource, the call that blocks and where it stands.
 
 Threads are daemons, so that one which never returns cannot keep the interpreter from ending; `atexit` runs after all
