@@ -20,9 +20,12 @@ if TYPE_CHECKING:
     from .errors import PacketTooLargeError as PacketTooLargeError
     from .errors import QueueFullError as QueueFullError
     from .files.aio import open as open
+    from .files.logs import LogHandler as LogHandler
     from .files.packet_stream import PacketReader as PacketReader
     from .files.packet_stream import PacketWriter as PacketWriter
+    from .files.rotation import Rotation as Rotation
     from .files.sink import FileSink as FileSink
+    from .files.sink import SinkStats as SinkStats
     from .loops.call import Call as Call
     from .loops.call import CallState as CallState
     from .loops.resource import Handle as Handle
@@ -48,8 +51,11 @@ _WHERE = {
     "Stats": "loops.thread",
     # files
     "FileSink": "files.sink",
+    "LogHandler": "files.logs",
     "PacketReader": "files.packet_stream",
     "PacketWriter": "files.packet_stream",
+    "Rotation": "files.rotation",
+    "SinkStats": "files.sink",
     "open": "files.aio",
     # merge
     "Merge": "merge.engine",
@@ -77,6 +83,7 @@ __all__ = [
     "FileSink",
     "ForkedError",
     "Handle",
+    "LogHandler",
     "LoopThread",
     "Merge",
     "OffloadError",
@@ -86,7 +93,9 @@ __all__ = [
     "PacketWriter",
     "QueueFullError",
     "Resource",
+    "Rotation",
     "Service",
+    "SinkStats",
     "Sources",
     "Stats",
     "__version__",

@@ -753,7 +753,7 @@ class Mailbox:
             self._outer.clear()
             self._queue = self._outer
         for entry in left:
-            if entry.state not in (_DROPPED, _ABANDONED):
+            if entry.state in (_QUEUED, _RUNNING):  # not one that has ended, with its outcome on the way
                 entry.state = _DROPPED if entry.state is _QUEUED else _INTERRUPTED
                 self.failed += 1
                 entry.settle_later(None, refusal())
@@ -954,15 +954,11 @@ class Mailbox:
         with self.gate:  # against `abandon`
             if entry.state is _RUNNING:
                 entry.state = _FINISHED
-        if entry.state is _FINISHED:
-            pass
-        elif entry.state is _DROPPED:  # a Submission, by its future
+        if entry.state is _DROPPED:  # a Submission, by its future
             with self.gate:
                 self.dropped += 1
-            return
-        elif entry.state is _ABANDONED:
-            return
-        entry.settle_later(value, holdable(error), hold=hold)
+        elif entry.state is not _ABANDONED:
+            entry.settle_later(value, holdable(error), hold=hold)
 
     async def _drive(self, entry: _Entry, *, inline: bool) -> None:
         """The task of a coroutine call, in its caller's context: waits for its token's turn, then runs it."""

@@ -730,3 +730,4 @@ assert os.waitpid(child, 0)[1] == 0
     command = [sys.executable, "-W", "ignore", "-c", program]
     result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
     assert result.stdout == "parent\nchild\n"
+    assert result.stderr == ""
