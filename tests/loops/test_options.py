@@ -74,9 +74,9 @@ async def test_queued_call_that_expires_never_runs(thread: LoopThread, gate: Gat
 
 async def test_running_call_that_expires_is_waited_for(thread: LoopThread, gate: Gate) -> None:
     """With "wait" the TimeoutError comes when the function has returned."""
-    call = thread.options(timeout=0.0).call(gate)
+    call = thread.options(timeout=1.0).call(gate)
     await gate.begun()
-    await asyncio.sleep(0.01)
+    await asyncio.sleep(1.1)
     assert not call.done()
     gate.opened.set()
     with pytest.raises(TimeoutError, match="finished"):
@@ -85,7 +85,7 @@ async def test_running_call_that_expires_is_waited_for(thread: LoopThread, gate:
 
 async def test_running_call_that_is_abandoned_is_left_and_others_wait_behind(thread: LoopThread, gate: Gate) -> None:
     """With "abandon" the caller goes on at once, the call is counted, and the next still waits for its end."""
-    call = thread.options(timeout=0.01, on_cancel="abandon").call(gate)
+    call = thread.options(timeout=1.0, on_cancel="abandon").call(gate)
     await gate.begun()
     with pytest.raises(TimeoutError, match="abandoned"):
         await call
@@ -127,10 +127,10 @@ async def test_abandoned_coroutine_ends_and_the_thread_closes() -> None:
 
 async def test_cancelled_after_it_expired_is_cancelled(thread: LoopThread, gate: Gate) -> None:
     """Who is cancelled while a call that has expired still runs gets CancelledError, not TimeoutError."""
-    call = thread.options(timeout=0.0).call(gate)
+    call = thread.options(timeout=1.0).call(gate)
     task = asyncio.ensure_future(asyncio.wait([call]))
     await gate.begun()
-    await asyncio.sleep(0.01)
+    await asyncio.sleep(1.1)
 
     async def wait() -> int:
         return await call
