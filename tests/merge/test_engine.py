@@ -84,13 +84,14 @@ def contents(out: Path) -> dict[str, bytes]:
     """What the packet file holds of each source, generations one behind the other; every checksum must hold."""
     found = verify(out)
     assert found.ok, found.faults
-    names = {entry.source_id: entry.name for entry in stat(out).sources}
+    report = stat(out)  # of a file that may be growing: what comes after is for the next look
+    names = {entry.source_id: entry.name for entry in report.sources}
     held = dict.fromkeys(names.values(), b"")
     with FrameSource(out) as source:
         for frame in source:
-            if frame.header.type is FrameType.LINES:
+            if frame.offset < report.end and frame.header.type is FrameType.LINES:
                 held[names[frame.header.source_id]] += frame.payload
-    assert {entry.name: entry.bytes for entry in stat(out).sources} == {n: len(data) for n, data in held.items()}
+    assert {entry.name: entry.bytes for entry in report.sources} == {n: len(data) for n, data in held.items()}
     return held
 
 
