@@ -20,11 +20,19 @@ if TYPE_CHECKING:
     from .errors import PacketTooLargeError as PacketTooLargeError
     from .errors import QueueFullError as QueueFullError
     from .files.aio import open as open
+    from .files.logs import LogHandler as LogHandler
     from .files.packet_stream import PacketReader as PacketReader
     from .files.packet_stream import PacketWriter as PacketWriter
+    from .files.rotation import Rotation as Rotation
     from .files.sink import FileSink as FileSink
+    from .files.sink import SinkStats as SinkStats
     from .loops.call import Call as Call
     from .loops.call import CallState as CallState
+    from .loops.resource import Handle as Handle
+    from .loops.resource import Resource as Resource
+    from .loops.service import Service as Service
+    from .loops.service import method as method
+    from .loops.thread import Calls as Calls
     from .loops.thread import LoopThread as LoopThread
     from .loops.thread import Stats as Stats
     from .merge.engine import Merge as Merge
@@ -34,12 +42,20 @@ _WHERE = {
     # loops
     "Call": "loops.call",
     "CallState": "loops.call",
+    "Calls": "loops.thread",
+    "Handle": "loops.resource",
     "LoopThread": "loops.thread",
+    "Resource": "loops.resource",
+    "Service": "loops.service",
+    "method": "loops.service",
     "Stats": "loops.thread",
     # files
     "FileSink": "files.sink",
+    "LogHandler": "files.logs",
     "PacketReader": "files.packet_stream",
     "PacketWriter": "files.packet_stream",
+    "Rotation": "files.rotation",
+    "SinkStats": "files.sink",
     "open": "files.aio",
     # merge
     "Merge": "merge.engine",
@@ -61,10 +77,13 @@ __all__ = [
     "BusyResourceError",
     "Call",
     "CallState",
+    "Calls",
     "ClosedResourceError",
     "DeadlockError",
     "FileSink",
     "ForkedError",
+    "Handle",
+    "LogHandler",
     "LoopThread",
     "Merge",
     "OffloadError",
@@ -73,9 +92,14 @@ __all__ = [
     "PacketTooLargeError",
     "PacketWriter",
     "QueueFullError",
+    "Resource",
+    "Rotation",
+    "Service",
+    "SinkStats",
     "Sources",
     "Stats",
     "__version__",
+    "method",
     "open",
 ]
 

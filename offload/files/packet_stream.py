@@ -20,17 +20,16 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from pathlib import Path
-from types import TracebackType
-from typing import Self, TypeVar
+from typing import TypeVar
 
-from ..errors import BrokenResourceError, ClosedResourceError, OffloadError, PacketError, PacketTooLargeError
-from ..loops import Call, LoopThread
+from ..errors import ClosedResourceError, PacketError, PacketTooLargeError
+from ..loops import Call
 from ..packets.codec import Buffer, Frame, SourceInfo, line_pieces, packets_payload
 from ..packets.format import MAX_PAYLOAD, Compression, EntryFlag, FrameType
 from ..packets.recover import Recovery, SourceState
+from .intake import MAX_BYTES, OnThread, Writing
 from .packet_file import FrameSource, Fsync, PacketFile, Piece
-from .sink import MAX_BYTES, Intake, as_bytes
+from .sink import as_bytes
 
 R = TypeVar("R")
 
@@ -38,7 +37,7 @@ INTERVAL = 0.1
 LINES_BYTES = 1 << 20  # of source in one frame: what a reader holds at once, and how much of a long line waits for more
 
 
-class PacketWriter:
+class PacketWriter(Writing[tuple[str, bytes, bool]]):
     """A packet file that any loop or thread can write, on a thread of its own.
 
     Args:
@@ -64,28 +63,15 @@ class PacketWriter:
         written_by: str = "offload",
         mend: Callable[[Recovery], bool] | None = None,
     ) -> None:
-        self.path = Path(path)
+        super().__init__(path, "packets", str(path), max_bytes)
         self._mend = mend
         self._fsync: Fsync = fsync
         self._written_by = written_by
         self._interval = interval
         self._file: PacketFile | None = None
-        self._error: OSError | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._thread = LoopThread(f"packets {self.path.name}", on_close=self._finish)
-        self._intake: Intake[tuple[str, bytes, bool]] = Intake(self._thread, self._take, max_bytes)
         self._ids: dict[str, int] = {}
         self._rests: dict[int, bytearray] = {}  # of each source: bytes behind its last line end, not written yet
-
-    async def start(self) -> Self:
-        """Open the file, on the writer's thread. Raises as PacketFile; PacketError too if it is damaged at its end."""
-        await self._thread.start()
-        try:
-            await self._thread.call(self._open)
-        except BaseException:
-            await self._thread.aclose()
-            raise
-        return self
 
     def write(self, data: str | Buffer, source: str = "") -> Awaitable[None]:
         """Append to a source's lines; the place is taken now, awaiting waits for room only.
@@ -99,7 +85,7 @@ class PacketWriter:
             ClosedResourceError: closed or not started; nothing was accepted.
             BrokenResourceError: the disk refused an earlier write.
         """
-        return self._put(data, source, packet=False)
+        return self._write(data, source, packet=False)
 
     def write_packet(self, packet: str | Buffer, source: str = "") -> Awaitable[None]:
         """Append one packet of any bytes, 0 to 16 MiB, to a source; otherwise as `write`.
@@ -107,27 +93,11 @@ class PacketWriter:
         Raises:
             PacketTooLargeError: over 16 MiB; nothing was accepted.
         """
-        return self._put(packet, source, packet=True)
+        return self._write(packet, source, packet=True)
 
     def flush(self, *, fsync: bool = False) -> Call[None]:
         """Have everything written so far in the file under a COMMIT; with `fsync` on the disk."""
         return self._thread.call(self._flush, fsync)
-
-    async def aclose(self) -> None:
-        """Write what was accepted and the last COMMIT, close, end the thread. Cancelling does not shorten it."""
-        await self._thread.aclose()
-
-    async def __aenter__(self) -> Self:
-        return await self.start()
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
-    ) -> None:
-        try:
-            await self.aclose()
-        except BrokenResourceError:
-            if not isinstance(exc, BrokenResourceError):  # otherwise the block knows already
-                raise
 
     def use(self, function: Callable[[PacketFile], R]) -> Call[R]:
         """Run a function with the open PacketFile on the writer's thread, behind what was written before.
@@ -136,17 +106,15 @@ class PacketWriter:
         """
         return self._thread.call(self._use, function)
 
-    def _put(self, data: str | Buffer, source: str, *, packet: bool) -> Awaitable[None]:
+    def _write(self, data: str | Buffer, source: str, *, packet: bool) -> Awaitable[None]:
         data = as_bytes(data)
         if packet and len(data) > MAX_PAYLOAD:
             raise PacketTooLargeError(
                 f"packet is {len(data)} bytes, limit is {MAX_PAYLOAD}; use write for long lines", 0
             )
-        if self._file is None and self._error is None:
-            raise ClosedResourceError(f"{self.path} is not open; use it as `async with`, or await its start()")
         if source not in self._ids:
             os.fsencode(source)  # a name that is none is refused here, and not on the thread with all that came with it
-        return self._intake.put((source, data, packet), len(data))
+        return self._put((source, data, packet), len(data))
 
     # --- on the writer's thread -------------------------------------------------------------------------------------
 
@@ -165,28 +133,25 @@ class PacketWriter:
             file.close(broken=True)
             raise
         self._file = file
+        self._opened = True
 
     def _use(self, function: Callable[[PacketFile], R]) -> R:
         self._intake.take_all()
-        if self._error is not None:
-            raise self._broken()
+        self._check()
         assert self._file is not None
         try:
-            return function(self._file)
-        except OSError as exc:
-            self._break(exc)
-            raise self._broken() from exc
+            with self._breaking():
+                return function(self._file)
         finally:
             self._arm()
+        raise self._broken()
 
     def _take(self, batch: list[tuple[str, bytes, bool]]) -> None:
         if self._error is not None:
             return
         assert self._file is not None
-        try:
+        with self._breaking():
             self._file.append(self._pieces(batch))
-        except OSError as exc:
-            self._break(exc)
         self._arm()
 
     def _pieces(self, batch: list[tuple[str, bytes, bool]]) -> Iterator[Piece]:
@@ -273,14 +238,8 @@ class PacketWriter:
     def _tick(self) -> None:
         self._timer = None
         if self._file is not None and self._error is None:
-            try:
+            with self._breaking():
                 self._file.tick()
-            except OSError as exc:
-                self._break(exc)
-
-    def _break(self, error: OSError) -> None:
-        self._error = error
-        self._intake.refuse(self._broken)
 
     def _finish(self) -> None:
         file = self._file
@@ -289,26 +248,16 @@ class PacketWriter:
         self._intake.finish(self._closed if self._error is None else self._broken)
         if self._timer is not None:
             self._timer.cancel()
-        try:
+        with self._breaking():
             if self._error is None:
                 file.append(piece for source_id in list(self._rests) for piece in self._end_line(source_id))
                 file.close()
-        except OSError as exc:
-            self._error = exc
         if self._error is not None:
             file.close(broken=True)
-            raise self._broken()
-
-    def _closed(self) -> OffloadError:
-        return ClosedResourceError(f"{self.path} is closed")
-
-    def _broken(self) -> OffloadError:
-        error = BrokenResourceError(f"{self.path} could not be written: {self._error}")
-        error.__cause__ = self._error
-        return error
+        self._check()
 
 
-class PacketReader:
+class PacketReader(OnThread):
     """The frames of a packet file as `async for`, read on a thread of their own.
 
         async with PacketReader("merged.opk") as reader:
@@ -325,33 +274,10 @@ class PacketReader:
     """
 
     def __init__(self, path: str | os.PathLike[str], *, follow: bool = False, poll: float = 0.05) -> None:
-        self.path = Path(path)
+        super().__init__(path, "reader")
         self._follow = follow
         self._poll = poll
-        self._thread = LoopThread(f"reader {self.path.name}", on_close=self._close)
         self._source: FrameSource | None = None
-
-    async def start(self) -> Self:
-        """Open the file, on the reader's thread. Raises as `os.open`."""
-        await self._thread.start()
-        try:
-            await self._thread.call(self._open)
-        except BaseException:
-            await self._thread.aclose()
-            raise
-        return self
-
-    async def aclose(self) -> None:
-        """Close the file and end the thread. Cancelling does not shorten it."""
-        await self._thread.aclose()
-
-    async def __aenter__(self) -> Self:
-        return await self.start()
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
-    ) -> None:
-        await self.aclose()
 
     async def __aiter__(self) -> AsyncIterator[Frame]:
         source = self._source
@@ -370,6 +296,6 @@ class PacketReader:
     def _open(self) -> None:
         self._source = FrameSource(self.path, follow=self._follow)
 
-    def _close(self) -> None:
+    def _finish(self) -> None:
         if self._source is not None:
             self._source.close()

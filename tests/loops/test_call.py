@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import CancelledError as ThreadCancelledError
 from concurrent.futures import Future as ThreadFuture
-from typing import Any
+from typing import Any, TypeVarTuple
 
 import pytest
 from hypothesis import Phase, settings
@@ -27,10 +27,11 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from offload.errors import BrokenResourceError, ClosedResourceError
 from offload.loops import Call, CallState, LoopThread
-from offload.loops.call import _FIRST_LOOK, Port
+from offload.loops.call import _FIRST_LOOK, Bell, Port, port_here
 
 request_id: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="none")
 LoopFactory = Callable[[], asyncio.AbstractEventLoop]
+Ts = TypeVarTuple("Ts")
 
 
 def uvloop_factory() -> LoopFactory:
@@ -331,17 +332,26 @@ async def test_a_queue_that_never_empties_leaves_timers_and_coroutines_their_tur
     assert thread.stats().queued == 0
 
 
-def test_a_burst_costs_the_resource_one_wake() -> None:
-    """A hundred calls made while the resource is busy wake its loop once."""
+class WithoutReaders(asyncio.SelectorEventLoop):
+    """A loop that has no add_reader, as Windows' proactor has none."""
+
+    def add_reader(self, fd: Any, callback: Callable[[*Ts], Any], *args: *Ts) -> None:
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize("eventfd", [True, False])
+def test_a_burst_costs_the_resource_one_wake(eventfd: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hundred calls made while the resource is busy wake its loop once, with and without an eventfd."""
     wakes: list[object] = []
+    ring = Bell.ring
 
-    class Counting(asyncio.SelectorEventLoop):
-        def call_soon_threadsafe(self, callback: Any, *args: Any, context: Any = None) -> Any:  # type: ignore[override]
-            wakes.append(callback)
-            return super().call_soon_threadsafe(callback, *args, context=context)
+    def counted(self: Bell) -> None:
+        wakes.append(self)
+        ring(self)
 
+    monkeypatch.setattr(Bell, "ring", counted)
     gate = Gate()
-    with LoopThread("resource", loop_factory=Counting) as thread:
+    with LoopThread("resource", loop_factory=asyncio.SelectorEventLoop if eventfd else WithoutReaders) as thread:
         blocked = thread.submit(gate)
         gate.entered.result()
         wakes.clear()
@@ -354,17 +364,31 @@ def test_a_burst_costs_the_resource_one_wake() -> None:
 
 
 @pytest.mark.parametrize("kind", ["run", "submit"])
-async def test_call_in_the_middle_of_another_by_the_same_thread_gets_the_next_place(kind: str) -> None:
+async def test_call_in_the_middle_of_another_by_the_same_thread_gets_the_next_place(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A finalizer or signal handler that makes a call while its thread makes one neither hangs nor loses either."""
     log: list[str] = []
     interrupt: list[str] = []
 
+    def interrupted() -> None:
+        if interrupt:
+            made.append(make(thread, interrupt.pop(), log.append, "finalizer's"))
+
+    ring = Bell.ring
+
+    def interrupted_ring(self: Bell) -> None:
+        if self is not own:
+            interrupted()
+        ring(self)
+
     class Interrupted(asyncio.SelectorEventLoop):
         def call_soon_threadsafe(self, callback: Any, *args: Any, context: Any = None) -> Any:  # type: ignore[override]
-            if interrupt:
-                made.append(make(thread, interrupt.pop(), log.append, "finalizer's"))
+            interrupted()
             return super().call_soon_threadsafe(callback, *args, context=context)
 
+    own = port_here()._bell
+    monkeypatch.setattr(Bell, "ring", interrupted_ring)
     async with LoopThread("resource", loop_factory=Interrupted) as thread:
         for outer in ("call", "run"):
             made: list[Any] = []
@@ -976,7 +1000,9 @@ async def test_outcome_is_delivered_while_a_later_call_of_the_burst_blocks(
     first = thread.call(before)  # the burst is whole before it starts
     await before.begun()
     burst = [thread.call(blocker, i) if i == blocks_at else thread.call(int, i) for i in range(size)]
-    while burst[0].port._interval < looks * _FIRST_LOOK:
+    port = burst[0].port
+    assert port is not None
+    while port._interval < looks * _FIRST_LOOK:
         await turns(1)  # until it has looked so often: the time to the next look doubles each time
     before.open()
     assert await first == 0
@@ -1044,17 +1070,17 @@ async def test_outcome_held_just_after_the_last_look_is_not_forgotten() -> None:
 
 
 async def test_outcome_that_comes_just_after_the_last_was_taken_wakes_again() -> None:
-    """An outcome that comes when the caller's loop has just found no more is not taken for one that was seen."""
+    """An outcome that comes when the caller's loop has just counted them is not taken for one that was seen."""
     settled: list[str] = []
 
     class Slow(deque[Any]):
-        """An outbox that gets the second outcome right after it was found empty."""
+        """An outbox that gets the second outcome right after somebody has looked how many there are."""
 
         late = False
 
         def __len__(self) -> int:
             length = super().__len__()
-            if self.late and length == 0:
+            if self.late:
                 self.late = False
                 port.send(Outcome("second", settled), hold=False)  # type: ignore[arg-type]
             return length

@@ -1,0 +1,124 @@
+"""What checks under mypy --strict and pyright, and what must not; never run, see test_typing.py.
+
+A line marked `# error: <mypy's code> / <pyright's rule>` must be an error for both, any other line for none. Modules
+of the package are used as a user would: by public names only.
+"""
+
+import queue
+import sqlite3
+from collections.abc import Callable
+from concurrent.futures import Executor, Future
+from typing import assert_type
+
+import offload
+
+
+def add(a: int, b: int = 0) -> str:
+    return str(a + b)
+
+
+async def fetch(url: str) -> bytes:
+    return url.encode()
+
+
+def select(db: sqlite3.Connection, number: int) -> float:
+    return float(db.execute("select ?", (number,)).fetchone()[0])
+
+
+async def later(db: sqlite3.Connection, number: int) -> float:
+    return select(db, number)
+
+
+async def calls(thread: offload.LoopThread) -> None:
+    assert_type(thread.call(add, 1), offload.Call[str])
+    assert_type(await thread.call(add, 1, b=2), str)
+    assert_type(await thread.run(fetch, "url"), bytes)
+    assert_type(thread.submit(add, 1), Future[str])
+    assert_type(thread.submit(add, 1).result(1.0), str)
+    assert_type(thread.options(timeout=1.0, on_cancel="abandon", nowait=True), offload.Calls)
+    assert_type(await thread.options(timeout=1.0).call(add, 1), str)
+    assert_type(thread.stats().queued, int)
+    executor: Executor = thread
+    print(executor)
+    await thread.call(add, "1")  # error: arg-type / reportArgumentType
+    await thread.call(add)  # error: call-arg / reportCallIssue
+    await thread.call(add, 1, c=2)  # error: call-arg / reportCallIssue
+    await thread.run(add, 1)  # error: arg-type / reportArgumentType
+    await thread.run(fetch, 1)  # error: arg-type / reportArgumentType
+    thread.submit(add, None)  # error: arg-type / reportArgumentType
+    thread.options(on_cancel="kill")  # error: arg-type / reportArgumentType
+    thread.options(1.0)  # error: misc,call-arg / reportCallIssue
+    thread.misspelt()  # error: attr-defined / reportAttributeAccessIssue
+    async with thread.exclusive() as span:
+        assert_type(await span.call(add, 1), str)
+        await span.call(add, "1")  # error: arg-type / reportArgumentType
+
+
+async def callbacks(thread: offload.LoopThread, vendor: Callable[[Callable[[int], None]], None]) -> None:
+    def seen(value: int) -> str:
+        return str(value)
+
+    assert_type(thread.callback(seen)(1), None)
+    vendor(thread.callback(seen))
+    vendor(thread.callback(fetch))  # error: arg-type / reportArgumentType
+    thread.callback(seen)("1")  # error: arg-type / reportArgumentType
+
+
+async def resources(path: str) -> None:
+    resource = offload.Resource(lambda: sqlite3.connect(path), interrupt=sqlite3.Connection.interrupt)
+    assert_type(resource, offload.Resource[sqlite3.Connection])
+    async with resource as db:
+        assert_type(db, offload.Handle[sqlite3.Connection])
+        assert_type(await db.call(sqlite3.Connection.execute, "select 1"), sqlite3.Cursor)
+        assert_type(await db.call(select, 1), float)
+        assert_type(await db.run(later, number=1), float)
+        assert_type(db.submit(select, 1).result(), float)
+        assert_type(await db.call(lambda c: c.total_changes), int)
+        assert_type([item async for item in db.iter(lambda c: [c.total_changes], chunk=10)], list[int])
+        assert_type(db.options(timeout=1.0), offload.Handle[sqlite3.Connection])
+        await db.call(select, "1")  # error: arg-type / reportArgumentType
+        await db.call(select)  # error: call-arg / reportCallIssue
+        await db.call(sqlite3.Connection.execute, 5)  # error: arg-type / reportArgumentType
+        await db.call(queue.Queue.get)  # error: arg-type / reportArgumentType
+        await db.call(lambda c: c.misspelt)  # error: attr-defined,misc / reportAttributeAccessIssue
+        await db.run(select, 1)  # error: arg-type / reportArgumentType
+        db.execute("select 1")  # error: attr-defined / reportAttributeAccessIssue
+        async with db.exclusive() as tx:
+            assert_type(tx, offload.Handle[sqlite3.Connection])
+    offload.Resource(lambda: 1, interrupt=sqlite3.Connection.interrupt)  # error: misc / reportArgumentType
+    offload.Resource(lambda: 1, restart="often")  # error: arg-type / reportArgumentType
+    with resource as plain:
+        assert_type(plain.submit(select, 1).result(), float)
+
+
+class Port(offload.Service):
+    """A port.
+
+    It reads.
+    """
+
+    @offload.method
+    def read(self, size: int, *, exactly: bool = False) -> bytes:
+        return b"" * size if exactly else b""
+
+    @offload.method
+    async def line(self, number: int) -> str:
+        assert_type(await self.read(number), bytes)
+        return ""
+
+
+async def services() -> None:
+    async with Port() as port:
+        assert_type(port, Port)
+        assert_type(port.read(5), offload.Call[bytes])
+        assert_type(await port.read(5, exactly=True), bytes)
+        assert_type(await port.line(5), str)
+        assert_type(await port.read.options(timeout=1.0)(5), bytes)
+        await port.read("5")  # error: arg-type / reportArgumentType
+        await port.read()  # error: call-arg / reportCallIssue
+        await port.line("5")  # error: arg-type / reportArgumentType
+        await port.read(5, exact=True)  # error: call-arg / reportCallIssue
+        port.read(5).upper()  # error: attr-defined / reportAttributeAccessIssue
+
+
+print(offload.Misspelt)  # error: attr-defined / reportAttributeAccessIssue
