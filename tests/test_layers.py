@@ -75,8 +75,8 @@ def test_rooms_are_one_storey() -> None:
         ("threading.Thread", "loops/thread.py"),
         ("asyncio.Runner", "loops/thread.py"),
         ("asyncio.run", "cli.py"),
-        ("run_coroutine_threadsafe", "loops/call.py"),
-        ("call_soon_threadsafe", "loops/call.py"),
+        ("run_coroutine_threadsafe", "loops/mailbox.py"),
+        ("call_soon_threadsafe", "loops/port.py"),
         ("print", "cli.py"),
     ],
 )

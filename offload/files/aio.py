@@ -48,7 +48,7 @@ from aiofiles.threadpool.text import AsyncTextIndirectIOWrapper
 from ..errors import ClosedResourceError, ForkedError
 from ..loops import LoopThread, outlast
 from ..loops.call import OnCancel, interrupted_by_user
-from ..loops.thread import Calls
+from ..loops.calls import Calls
 
 if TYPE_CHECKING:
     from _typeshed import (

@@ -32,7 +32,8 @@ from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, TypeVar
 
 from ..errors import BrokenResourceError, OffloadError
 from .call import Call, OnCancel, outlast
-from .thread import Calls, LoopThread, Stats
+from .calls import Calls, Stats
+from .thread import LoopThread
 
 if TYPE_CHECKING:
     import asyncio

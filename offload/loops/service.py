@@ -25,7 +25,8 @@ from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar, overload
 
 from ..errors import ClosedResourceError
 from .call import Call, OnCancel
-from .thread import Calls, LoopThread, Stats
+from .calls import Calls, Stats
+from .thread import LoopThread
 
 P = ParamSpec("P")
 R = TypeVar("R")
