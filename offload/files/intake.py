@@ -69,7 +69,7 @@ class Intake(Generic[T]):
         self._max_bytes = max_bytes
         self._lock = threading.RLock()
         self._items: list[T] = []
-        self._accepted = self._taken = self._batch = 0  # bytes
+        self._accepted = self._taken = 0  # bytes
         self._posted = False
         self.dropped = self._untold = 0
         self._refusal: Callable[[], OffloadError] | None = None

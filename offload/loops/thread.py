@@ -14,7 +14,7 @@ Promises:
     - If the loop ends in another way (somebody stopped it), every call gets BrokenResourceError.
     - In a forked child every thread of the parent raises ForkedError: threads do not survive a fork.
     - At interpreter exit every thread that is still open is drained and closed as above, for at most its
-      `exit_timeout`, all of them at the same time; then a warning names the resource, the call that blocks and where it stands.
+      `exit_timeout`, all at the same time; then a warning names the resource, the call that blocks and where it stands.
 
 Threads are daemons, so that one which never returns cannot keep the interpreter from ending; `atexit` runs after all
 ordinary threads have ended and before daemons are stopped, which is the moment to drain. Children that multiprocessing

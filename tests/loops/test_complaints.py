@@ -28,7 +28,7 @@ from offload import (
     LoopThread,
     Resource,
 )
-from offload.loops.call import Bell
+from offload.loops.port import Bell
 
 
 class Gate:
