@@ -21,8 +21,9 @@ import os
 from typing import Any
 
 from ..errors import ClosedResourceError, ForkedError
+from .append import AppendFile
 from .intake import Overflow
-from .sink import AppendFile, FileSink, SinkStats
+from .sink import FileSink, SinkStats
 
 MAX_BYTES = 16 << 20
 _PATIENCE = 1.0  # seconds for an end that somebody else has begun: the interpreter's exit has waited for it already

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 
 from ..packets.codec import CommitEntry, GapInfo, SourceInfo, line_pieces
 from ..packets.format import GUARD_BYTES, HEAD_BYTES, NONE_U64, Compression, EntryFlag, GapReason
-from ..packets.recover import digest
+from ..packets.ledger import digest
 from .packet_file import Piece, open_regular, read_at
 
 ARENA_BYTES = 1 << 20

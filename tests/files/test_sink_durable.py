@@ -18,7 +18,7 @@ import pytest
 
 import offload
 from offload import BrokenResourceError, ClosedResourceError, FileSink, LoopThread, QueueFullError
-from offload.files import sink as sink_module
+from offload.files import append as append_module
 
 
 class Syncs:
@@ -42,7 +42,7 @@ class Syncs:
 @pytest.fixture(name="syncs")
 def watch_syncs(monkeypatch: pytest.MonkeyPatch) -> Syncs:
     syncs = Syncs()
-    monkeypatch.setattr(sink_module, "sync_descriptor", syncs)
+    monkeypatch.setattr(append_module, "sync_descriptor", syncs)
     return syncs
 
 

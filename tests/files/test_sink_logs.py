@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from offload import LogHandler, LoopThread, QueueFullError, Rotation
-from offload.files.sink import AppendFile
+from offload.files.append import AppendFile
 
 
 @pytest.fixture(name="logger")
