@@ -61,9 +61,6 @@ class LogHandler(logging.Handler):
         self._sink = FileSink(self._path, **self._options)
         self._ended = False
         super().__init__(level)
-        # `dictConfig` holds logging's lock while it makes us. The new thread's event loop asks whether asyncio's debug
-        # messages are wanted, and would wait for that lock, and we for the thread; unless the answer is in the cache.
-        logging.getLogger("asyncio").isEnabledFor(logging.DEBUG)
         self._sink.__enter__()
 
     def stats(self) -> SinkStats:

@@ -209,6 +209,10 @@ class LoopThread(Calls, Executor):
             self._launched = True
         _live.add(self)
         _drain_in_children()
+        # The new thread's event loop asks whether asyncio's debug messages are wanted. Who holds logging's lock now
+        # (`dictConfig`, while it makes a handler that starts us) would make it wait, and wait for it; unless the answer
+        # is in the cache.
+        logging.getLogger("asyncio").isEnabledFor(logging.DEBUG)
         try:
             self._thread.start()
         except BaseException:
@@ -300,6 +304,9 @@ _live: weakref.WeakSet[LoopThread] = weakref.WeakSet()
 _process = os.getpid()
 
 
+_TO_END = 1.0  # seconds for a thread that has nothing to do to notice that it should end: some 100 µs, if it may run
+
+
 def _drain_at_exit() -> None:
     threads = list(_live)
     for thread in threads:
@@ -307,7 +314,9 @@ def _drain_at_exit() -> None:
     begun = time.monotonic()
     for thread in threads:
         timeout = 0.0 if thread._left else thread._mailbox.exit_timeout
-        thread._thread.join(max(0.0, begun + timeout - time.monotonic()))
+        timeout = max(0.0, begun + timeout - time.monotonic())
+        idle = thread._mailbox.busy is None and not len(thread._mailbox) and thread._on_close is None
+        thread._thread.join(max(timeout, _TO_END) if idle else timeout)
         if thread._thread.is_alive():
             busy = thread._mailbox.busy
             log.critical(
