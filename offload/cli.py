@@ -1,6 +1,6 @@
-"""The command line: `offload merge | cat | verify | split | stat | demo`.
+"""The command line: `offload merge | cat | verify | split | stat | demo`, and `serve | send` of `cli_net.py`.
 
-The only place that prints. Results go to stdout, everything else to stderr; a status line only if that is a terminal.
+The only places that print. Results go to stdout, everything else to stderr; a status line only if that is a terminal.
 What a command needs is imported when it runs, so that `offload --version` starts as fast as Python lets it.
 """
 
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from . import __version__
+from . import __version__, cli_net
 from .errors import BrokenResourceError, BusyResourceError, OffloadError, PacketError
 
 if TYPE_CHECKING:
@@ -556,6 +556,9 @@ def demo(
         asyncio.run(show())
     except OSError as exc:
         raise Failure(_sentence(exc), NO_OUTPUT) from exc
+
+
+cli_net.register(app, EXIT_CODES)
 
 
 # --- helpers ----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,427 @@
+"""One connection that carries packets: received into its framer, queued in order, bounded in bytes.
+
+    socket ─► framer ─► queue ─► `async for packet in connection`
+                 └─ over the high-water mark reading pauses; at half of it, it goes on
+
+Promises:
+    - Packets come in the order of the stream. Behind the last whole one the iteration ends, or raises what ended it.
+    - What is queued, what the consumer has taken and not asked beyond, and the packet under way count as this
+      connection's memory. Over `Limits.connection_bytes` it is not read; over the server's `Limits.total_bytes` none
+      is, but one at a time when nobody has a packet that could be taken: so a crowd of half-sent packets cannot stop
+      each other for ever, and the bound is passed by one receive and one packet at most.
+    - `send` waits while the peer does not take what was sent before.
+    - All of it runs on the connection's loop; nothing here blocks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import ssl
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterable
+from typing import Any, cast
+
+from ..errors import BrokenResourceError, ClosedResourceError, OffloadError, PacketError
+from ..packets.codec import Buffer
+from ..packets.framer import Framer, Packet
+from .limits import ALONE, Budget, Limits
+
+PACKET_COST = 256  # bytes that Python needs for a Packet and its payload beside the payload's own
+
+
+class Connection(asyncio.BufferedProtocol):
+    """A peer, and the packets from and to it; made by `Server` and `connect`.
+
+    Args:
+        framer: its own; it must not be used for anything else.
+        limits, budget: as above.
+        made: called when the peer is there.
+
+    Attributes:
+        peer: where it comes from: "127.0.0.1:5000", "unix:PATH".
+        name: who it is: the common name of its certificate, else its host.
+        received_bytes: of the stream.
+        closed: done when the connection is.
+    """
+
+    def __init__(
+        self,
+        framer: Framer,
+        *,
+        limits: Limits | None = None,
+        budget: Budget | None = None,
+        made: Callable[[Connection], object] = lambda connection: None,
+    ) -> None:
+        self.framer = framer
+        self.limits = limits or Limits()
+        self.peer = self.name = "nobody"
+        self.received_bytes = 0
+        self._loop = asyncio.get_running_loop()
+        self.closed: asyncio.Future[None] = self._loop.create_future()
+        self._budget = budget or Budget(self.limits.total_bytes)
+        self._made = made
+        self._transport: asyncio.Transport | None = None
+        self._queue: deque[Packet] = deque()
+        self._queued = self._lent = self._held = 0  # bytes: in the queue, with the consumer, of the packet under way
+        self._waiter: asyncio.Future[None] | None = None  # of the consumer
+        self._room: asyncio.Future[None] | None = None  # of who sends
+        self._holds: set[str] = set()  # why it is not read
+        self._error: Exception | None = None
+        self._ended = False
+        self._since = self._begun = self._loop.time()  # of the last byte; of the packet under way
+
+    def __repr__(self) -> str:
+        return f"<Connection {self.peer}>"
+
+    # --- for the consumer ---------------------------------------------------------------------------------------------
+
+    async def batch(self) -> list[Packet]:
+        """All packets that wait, at least one; none: the peer has ended the stream between two packets.
+
+        Raises:
+            PacketError: bytes that are no packet; where, counts from the start of the stream.
+            BrokenResourceError: the connection broke, was closed by a limit, or ended inside a packet's frame.
+        """
+        self._return()
+        while not self._queue:
+            if self._error is not None:
+                raise self._error
+            if self._ended:
+                return []
+            assert self._waiter is None, "one consumer"
+            self._waiter = self._loop.create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        batch = list(self._queue)
+        self._queue.clear()
+        self._queued, self._lent = 0, self._queued
+        return batch
+
+    async def __aiter__(self) -> AsyncIterator[Packet]:
+        """The packets, one by one; ends and raises as `batch`."""
+        while packets := await self.batch():
+            for packet in packets:
+                yield packet
+
+    async def packet(self) -> Packet | None:
+        """The next packet; None: as the end of `batch`."""
+        self._return()
+        if not self._queue:
+            batch = await self.batch()
+            if not batch:
+                return None
+            first, *rest = batch
+            self._queue.extend(rest)
+            self._queued, self._lent = self._lent - _cost(first), _cost(first)
+            return first
+        packet = self._queue.popleft()
+        self._lent = _cost(packet)
+        self._queued -= self._lent
+        return packet
+
+    async def send(self, payload: Buffer, *fields: Any) -> None:
+        """Send one packet; returns when there is room for another.
+
+        Raises:
+            BrokenResourceError: the connection is gone, or the peer has not read for `Limits.send` seconds.
+            PacketError: the framing cannot carry it; nothing was sent.
+        """
+        await self.send_frames(self.framer.parts(payload, *fields))
+
+    async def send_frames(self, frames: Iterable[Buffer]) -> None:
+        """As `send`, for frames that are encoded already."""
+        self.write_frames(frames)
+        if self._room is None:
+            return
+        try:
+            async with asyncio.timeout(self.limits.send):
+                # Several may wait: each for the same future, which none of them may cancel.
+                await asyncio.shield(self._room)
+        except TimeoutError:
+            self.abort(BrokenResourceError(f"{self.peer} has read nothing for {self.limits.send} s"))
+        if self.closed.done() or self._transport is None:
+            raise self._gone()
+
+    def write_frames(self, frames: Iterable[Buffer]) -> None:
+        """Put frames into what is to be sent, however much waits there already; raises as `send`."""
+        if self._transport is None or self._transport.is_closing():
+            raise self._gone()
+        # Not `writelines`: from 3.12.0 to 3.12.8 and in 3.13.0 and 3.13.1 it never pauses who writes (CVE-2024-12254),
+        # and an empty buffer at its end is tried again for ever. Before 3.12 it joins too.
+        self._transport.write(b"".join(frames))
+
+    def send_eof(self) -> None:
+        """Say that nothing more is sent; what the peer sends still comes. TLS has no such half: there, as `close`."""
+        if self._transport is not None and not self._transport.is_closing():
+            if self._transport.can_write_eof():
+                self._transport.write_eof()
+            else:
+                self._transport.close()
+
+    def close(self) -> None:
+        """End the connection when what was sent is out; nothing more is read."""
+        if self._transport is not None:
+            self._transport.close()
+
+    def abort(self, error: Exception | None = None) -> None:
+        """End the connection at once; `error` is what the consumer gets."""
+        self._error = self._error or error
+        if self._transport is not None:
+            self._transport.abort()
+
+    async def aclose(self) -> None:
+        """As `close`, and wait for the end; a peer that does not read what is left gets `Limits.send` seconds."""
+        self.close()
+        try:
+            async with asyncio.timeout(self.limits.send):
+                await asyncio.shield(self.closed)
+        except BaseException as exc:
+            self.abort()
+            if not isinstance(exc, TimeoutError):
+                raise
+            await asyncio.shield(self.closed)
+
+    # --- for the server -----------------------------------------------------------------------------------------------
+
+    @property
+    def memory_bytes(self) -> int:
+        """What counts against the limits."""
+        return self._queued + self._lent + self._held
+
+    @property
+    def is_read(self) -> bool:
+        return not self._holds and not self._ended
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more comes."""
+        return self._ended
+
+    @property
+    def certificate(self) -> dict[str, Any] | None:
+        """The peer's certificate, as `ssl.SSLSocket.getpeercert`; None without one."""
+        found = self._transport.get_extra_info("peercert") if self._transport is not None else None
+        return cast("dict[str, Any] | None", found or None)
+
+    def hold(self, why: str) -> None:
+        """Read nothing more until all who hold it let go."""
+        if not self._holds and self._transport is not None and not self._transport.is_closing():
+            self._transport.pause_reading()
+        self._holds.add(why)
+
+    def let_go(self, why: str) -> None:
+        if why in self._holds:
+            self._holds.remove(why)
+            if not self._holds and self._transport is not None and not self._transport.is_closing():
+                self._since = self._begun = self._loop.time()  # it could not send
+                self._transport.resume_reading()
+
+    def end(self) -> None:
+        """Take nothing more: the consumer gets what is whole, then the end."""
+        self.hold("end")
+        self._finish(None)
+
+    def overdue(self, now: float) -> str | None:
+        """Which limit of time it has passed."""
+        if not self.is_read:
+            return None
+        if self._budget.alone is self and now - self._begun > ALONE:
+            return f"memory is short, and its packet is not whole after {ALONE} s"
+        idle, packet = self.limits.idle, self.limits.packet
+        if idle is not None and now - self._since > idle:
+            return f"nothing has come for {idle} s"
+        if packet is not None and self.framer.pending and now - self._begun > packet:
+            return f"a packet is not whole after {packet} s: {self.framer.pending} bytes of it have come"
+        return None
+
+    # --- asyncio ------------------------------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        self._since = self._begun = self._loop.time()
+        self.peer, self.name = _who(self._transport)
+        self._budget.join(self)
+        self._made(self)
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self.framer.get_buffer(sizehint)
+
+    def buffer_updated(self, nbytes: int) -> None:
+        if self._ended or self.framer.error is not None:
+            return
+        self._since = self._loop.time()
+        self.received_bytes += nbytes
+        try:
+            packets = self.framer.buffer_updated(nbytes)
+        except PacketError:
+            packets = []
+        if packets or not self._held:
+            self._begun = self._since
+        self._accept(packets)
+        if self.framer.error is not None:
+            self._finish(self.framer.error)
+            self.hold("fault")
+        elif self.memory_bytes > self.limits.connection_bytes and self._queued + self._lent:
+            self.hold("full")
+        self._budget.settle()
+
+    def eof_received(self) -> bool:
+        if not self._ended and self.framer.error is None:
+            error: Exception | None = None
+            try:
+                self._accept(self.framer.close())
+            except PacketError as exc:
+                error = exc
+            self._finish(error)
+        # With TLS there is no half that could stay open.
+        return self._transport is not None and self._transport.get_extra_info("ssl_object") is None
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._transport = None
+        if exc is not None:
+            error = BrokenResourceError(f"the connection with {self.peer} broke: {exc}")
+            error.__cause__ = exc
+            self._finish(error)
+        else:
+            self._finish(None if self._ended else ClosedResourceError(f"the connection with {self.peer} is closed"))
+        self._hold_bytes(0)
+        self._budget.leave(self)
+        self.resume_writing()
+        if not self.closed.done():
+            self.closed.set_result(None)
+
+    def pause_writing(self) -> None:
+        self._room = self._loop.create_future()
+
+    def resume_writing(self) -> None:
+        room, self._room = self._room, None
+        if room is not None and not room.done():
+            room.set_result(None)
+
+    # --- inside -------------------------------------------------------------------------------------------------------
+
+    def _accept(self, packets: list[Packet]) -> None:
+        self._hold_bytes(self.framer.held_bytes)
+        if packets:
+            cost = sum(map(_cost, packets))
+            self._queue.extend(packets)
+            self._queued += cost
+            self._budget.used += cost
+            self._budget.takeable += cost
+            self._wake()
+
+    def _hold_bytes(self, held: int) -> None:
+        self._budget.used += held - self._held
+        self._held = held
+
+    def _return(self) -> None:
+        """The consumer has done with what it took."""
+        lent, self._lent = self._lent, 0
+        self._budget.used -= lent
+        self._budget.takeable -= lent
+        if self._queued <= self.limits.connection_bytes // 2:
+            self.let_go("full")
+        self._budget.settle()
+
+    def give_back(self) -> None:
+        """The consumer has gone: what is queued is nobody's."""
+        self._lent += self._queued
+        self._queued = 0
+        self._queue.clear()
+        self._return()
+
+    def _finish(self, error: Exception | None) -> None:
+        self._error = self._error or error
+        self._ended = True
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def _gone(self) -> OffloadError:
+        if isinstance(self._error, OffloadError):
+            return self._error
+        return BrokenResourceError(f"the connection with {self.peer} is gone")
+
+
+def _cost(packet: Packet) -> int:
+    return len(packet.payload) + PACKET_COST
+
+
+def _who(transport: asyncio.Transport) -> tuple[str, str]:
+    """Where a peer comes from, and who it is."""
+    name = ""
+    for attribute in (transport.get_extra_info("peercert") or {}).get("subject", ()):
+        for key, value in attribute:
+            if key == "commonName":
+                name = value
+    own, peer = transport.get_extra_info("sockname"), transport.get_extra_info("peername")
+    if isinstance(peer, tuple) and len(peer) >= 2:
+        host = f"[{peer[0]}]" if ":" in str(peer[0]) else str(peer[0])
+        return f"{host}:{peer[1]}", name or str(peer[0])
+    path = next((p for p in (own, peer) if isinstance(p, str) and p), "")
+    return f"unix:{path}", name or f"unix:{path}"
+
+
+@contextlib.asynccontextmanager
+async def connect(
+    address: str,
+    framing: Callable[..., Framer],
+    *,
+    tls: ssl.SSLContext | None = None,
+    server_hostname: str | None = None,
+    limits: Limits | None = None,
+    **options: Any,
+) -> AsyncIterator[Connection]:
+    """A connection to a server, as `async with`; closed behind the block.
+
+    Args:
+        address: HOST:PORT or unix:PATH.
+        framing: makes the framer, for example `PrefixFramer`; `options` are for it.
+        tls: encrypt, and check the server, as this context says.
+
+    Raises:
+        OSError: there is no way to it, or the TLS handshake failed.
+        ValueError: no address.
+    """
+    loop = asyncio.get_running_loop()
+
+    def made() -> Connection:
+        return Connection(framing(**options), limits=limits)
+
+    place = parse_address(address)
+    extra: dict[str, Any] = {} if tls is None else {"ssl": tls, "server_hostname": server_hostname or place[0] or None}
+    if isinstance(place, str):
+        if tls is not None:
+            extra["server_hostname"] = server_hostname or "localhost"
+        _, connection = await loop.create_unix_connection(made, place, **extra)
+    else:
+        _, connection = await loop.create_connection(made, *place, **extra)
+    try:
+        yield connection
+    finally:
+        connection.give_back()
+        await connection.aclose()
+
+
+def parse_address(text: str) -> str | tuple[str, int]:
+    """The path of `unix:PATH`, or host and port of `HOST:PORT`, `[::1]:PORT`, `:PORT`.
+
+    Raises:
+        ValueError: neither.
+    """
+    if text.startswith("unix:"):
+        if not text[5:]:
+            raise ValueError(f"address is {text!r}, expected unix:PATH")
+        if not hasattr(socket, "AF_UNIX"):
+            raise ValueError(f"address is {text!r}, and this system has no Unix sockets")
+        return text[5:]
+    host, colon, port = text.rpartition(":")
+    if not colon or not port.isascii() or not port.isdecimal() or int(port) > 65535:
+        raise ValueError(f"address is {text!r}, expected HOST:PORT or unix:PATH")
+    return host.removeprefix("[").removesuffix("]"), int(port)

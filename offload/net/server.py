@@ -1,0 +1,246 @@
+"""A server of packets: TCP, TLS and Unix sockets, a handler for each connection, bounds for all of them.
+
+    async def echo(connection):
+        async for packet in connection:
+            await connection.send(packet.payload)
+
+    async with Server(echo, framing=PrefixFramer) as server:
+        address = await server.listen("127.0.0.1:0")
+
+Promises:
+    - Each connection has one task that runs the handler; it gets the connection's packets in order. What one handler or
+      peer does wrong ends that connection only; what a handler raises is logged, but for what peers do (OffloadError).
+    - Memory, time and number of connections stay within `Limits`, whatever peers send or do not read.
+    - With a secret or client certificates the handler never sees who has none.
+    - `drain` takes no more connections, lets handlers have what has come (as far as whole packets go), waits for them,
+      and closes; what is not done in time is cut off and counted.
+
+All on the loop that listens. A handler that blocks belongs on a LoopThread, a checksum on a Verifier.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import ssl
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from functools import partial
+from types import TracebackType
+from typing import Any, Self
+
+from ..errors import BrokenResourceError, ClosedResourceError, OffloadError, PacketError
+from ..packets.framer import Framer
+from ..packets.framing import PrefixFramer
+from .auth import challenge, check_secret
+from .connection import Connection, parse_address
+from .limits import Budget, Limits
+
+log = logging.getLogger("offload")
+
+Handler = Callable[[Connection], Awaitable[object]]
+_QUIET = 0.05  # seconds without a byte after which a drained connection has nothing on its way
+_BACKLOG = 4096
+
+
+@dataclass
+class ServerStats:
+    """What happened since the start.
+
+    Attributes:
+        accepted, open: connections; open now.
+        refused: over `Limits.connections`, or without the secret.
+        bad: ended by bytes that are no packet.
+        overdue: ended by a limit of time.
+        cut: not done when `drain` ended.
+    """
+
+    accepted: int = 0
+    open: int = 0
+    refused: int = 0
+    bad: int = 0
+    overdue: int = 0
+    cut: int = 0
+
+
+class Server:
+    """Takes connections and runs a handler for each; see the head of this module.
+
+    Args:
+        handler: coroutine function, called with each connection; the connection is closed when it returns.
+        framing: makes a framer for each connection, for example `partial(PrefixFramer, ">HI")`.
+        limits: what peers may use.
+        secret: at least 16 bytes that clients must know; None: no challenge.
+        options: for the framers: `max_packet`, `on_error`, `on_fault`.
+    """
+
+    def __init__(
+        self,
+        handler: Handler,
+        *,
+        framing: Callable[..., Framer] = PrefixFramer,
+        limits: Limits | None = None,
+        secret: bytes | None = None,
+        **options: Any,
+    ) -> None:
+        self.limits = limits or Limits()
+        self.stats = ServerStats()
+        self.budget = Budget(self.limits.total_bytes)
+        self._handler = handler
+        self._framing = partial(framing, **options)
+        self._framing()  # what it cannot be is told here
+        self._secret = None if secret is None else check_secret(secret)
+        self._listening: list[asyncio.Server] = []
+        self._paths: list[str] = []
+        self._tasks: dict[asyncio.Task[None], Connection] = {}
+        self._sweeper: asyncio.Task[None] | None = None
+        self._closed = False
+
+    @property
+    def connections(self) -> list[Connection]:
+        """Those that are open now."""
+        return list(self._tasks.values())
+
+    async def listen(self, address: str, *, tls: ssl.SSLContext | None = None) -> str:
+        """Take connections at an address, HOST:PORT or unix:PATH; any number of them, before and after others.
+
+        Args:
+            tls: for example `server_context(…)`.
+
+        Returns:
+            The address with the port that the system gave for port 0.
+
+        Raises:
+            OSError: the address is taken, not there or not allowed.
+            ValueError: no address.
+            ClosedResourceError: the server is closed.
+        """
+        if self._closed:
+            raise ClosedResourceError("the server is closed; make a new one")
+        loop = asyncio.get_running_loop()
+        place = parse_address(address)
+        extra: dict[str, Any] = {"backlog": _BACKLOG}
+        if tls is not None:
+            extra |= {"ssl": tls, "ssl_handshake_timeout": self.limits.handshake}
+        if isinstance(place, str):
+            server = await loop.create_unix_server(self._make, place, **extra)
+            self._paths.append(place)
+        else:
+            server = await loop.create_server(self._make, place[0] or None, place[1], **extra)
+            host, port = server.sockets[0].getsockname()[:2]
+            address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        self._listening.append(server)
+        if self._sweeper is None:
+            self._sweeper = asyncio.create_task(self._sweep(), name="server limits")
+        return address
+
+    async def drain(self, patience: float | None = 10.0) -> None:
+        """Take nothing more, finish what has come, close; at most `patience` seconds."""
+        self._closed = True
+        for server in self._listening:
+            server.close()
+        try:
+            async with asyncio.timeout(patience):
+                await asyncio.gather(*(self._end(c) for c in self.connections))
+                while self._tasks:
+                    await asyncio.wait(self._tasks)
+        except TimeoutError:
+            pass
+        finally:
+            await self.aclose()
+
+    async def aclose(self) -> None:
+        """Close at once: handlers are cancelled, connections cut. What has come and is not handled is lost."""
+        self._closed = True
+        for server in self._listening:
+            server.close()
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+            await asyncio.wait([self._sweeper])
+        self.stats.cut += len(self._tasks)
+        while self._tasks:
+            for task, connection in self._tasks.items():
+                connection.abort()
+                task.cancel()
+            await asyncio.wait(self._tasks)
+        for server in self._listening:
+            await server.wait_closed()
+        self._listening.clear()
+        for path in self._paths:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+        self._paths.clear()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        await (self.drain() if kind is None else self.aclose())
+
+    # --- connections --------------------------------------------------------------------------------------------------
+
+    def _make(self) -> Connection:
+        return Connection(self._framing(), limits=self.limits, budget=self.budget, made=self._admit)
+
+    def _admit(self, connection: Connection) -> None:
+        if self._closed or len(self._tasks) >= self.limits.connections:
+            self.stats.refused += 1
+            connection.abort()
+            return
+        self.stats.accepted += 1
+        self.stats.open += 1
+        task = asyncio.get_running_loop().create_task(self._serve(connection), name=f"peer {connection.peer}")
+        self._tasks[task] = connection
+        task.add_done_callback(self._tasks.pop)
+
+    async def _serve(self, connection: Connection) -> None:
+        try:
+            if self._secret is not None:
+                try:
+                    await challenge(connection, self._secret)
+                except OffloadError:
+                    self.stats.refused += 1
+                    connection.abort()
+                    raise
+            await self._handler(connection)
+        except PacketError as exc:
+            self.stats.bad += 1
+            log.info("%s is closed: %s", connection.peer, exc)
+        except OffloadError as exc:
+            log.info("%s is closed: %s", connection.peer, exc)
+        except Exception as exc:
+            if isinstance(exc, ExceptionGroup) and exc.split(OffloadError)[1] is None:  # of a handler's TaskGroup
+                log.info("%s is closed: %s", connection.peer, exc.exceptions[0])
+                return
+            log.exception("the handler of %s raised; the connection is closed", connection.peer)
+        finally:
+            self.stats.open -= 1
+            connection.hold("done")
+            connection.give_back()
+            await connection.aclose()
+
+    async def _end(self, connection: Connection) -> None:
+        """End its stream once nothing comes any more: what a peer has sent before is in the socket already."""
+        while connection.is_read:
+            before = connection.received_bytes
+            await asyncio.wait([connection.closed], timeout=_QUIET)
+            if connection.received_bytes == before:
+                break
+        connection.end()
+
+    async def _sweep(self) -> None:
+        """Look for connections that have passed a limit of time, often enough for the shortest."""
+        shortest = min(t for t in (self.limits.idle, self.limits.packet, 4.0) if t is not None)
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(shortest / 4)
+            now = loop.time()
+            for connection in self.connections:
+                reason = connection.overdue(now)
+                if reason is not None:
+                    self.stats.overdue += 1
+                    connection.abort(BrokenResourceError(f"{connection.peer}: {reason}"))
