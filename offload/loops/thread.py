@@ -43,6 +43,7 @@ from time import perf_counter
 from types import TracebackType
 from typing import Any, NamedTuple, ParamSpec, Self, TypeVar
 
+from ..debug.announce import Announced, announced
 from ..errors import BrokenResourceError, ClosedResourceError, DeadlockError, ForkedError, OffloadError
 from .call import (
     DEFAULT,
@@ -237,8 +238,9 @@ class LoopThread(Calls, Executor):
             whoever closes.
         max_calls: calls that may be queued before one that asks not to wait is refused. Others keep their place.
         exit_timeout: seconds for which the interpreter's exit, and a caller after Ctrl-C, waits for a call that runs.
-        debug: asyncio's debug mode for this loop, without its reports of slow callbacks: this loop is there to block;
-            None: as the environment says.
+        debug: True: a detector watches this loop (see `offload.watch`; one that runs does so anyway), and asyncio's
+            debug mode is on for it, without its own reports of slow callbacks: this loop is there to block. False:
+            neither, but for a detector that runs. None: asyncio's debug mode as the environment says.
 
     It is a `concurrent.futures.Executor` with one worker too: `loop.run_in_executor(thread, f)`, `thread.map(f, xs)`.
     Use it as `async with`, as `with`, or by `start()` and `aclose()`. It cannot be started again.
@@ -436,7 +438,9 @@ class LoopThread(Calls, Executor):
         drained = asyncio.Event()
         self._mailbox.open(loop, drained.set)
         self._ready.set_result(None)
-        await drained.wait()
+        mine = Announced(loop, self.name, self.stats, frozenset({Mailbox._run.__code__}))
+        with announced(mine, debug=bool(self._debug)):
+            await drained.wait()
         if self._on_close is not None:
             try:
                 self._on_close()
