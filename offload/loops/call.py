@@ -192,7 +192,7 @@ class Call(asyncio.Future[R]):
                 self.state = INTERRUPTED
             self._give_up(self._cancelled, error)
             return
-        if type(value) is CoroutineType:
+        if value.__class__ is CoroutineType:
             error = TypeError(f"{self.label()} is a coroutine function; use `run` for it")
             value.close()
         self._leave()
