@@ -168,9 +168,10 @@ class Call(asyncio.Future[R]):
         self._args, self._kwargs = (), {}
 
     def settle_later(self, value: Any, error: BaseException | None, *, hold: bool = False) -> None:
-        self._value, self._error = value, error
-        assert self.port is not None, "it ends once"
-        self.port.send(self, hold=hold)
+        port = self.port
+        if port is not None:  # its caller may have gone on at this moment
+            self._value, self._error = value, error
+            port.send(self, hold=hold)
 
     def abandon(self) -> None:
         """The loop that asked is closed; from any thread."""
