@@ -26,6 +26,7 @@ import contextvars
 import enum
 import logging
 import signal as signals
+import sys
 import traceback
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future as ThreadFuture
@@ -391,14 +392,14 @@ def holdable(error: BaseException | None) -> BaseException | None:
     return error
 
 
-async def outlast(future: asyncio.Future[R], *, patience: Callable[[], float | None] = lambda: None) -> R:
+async def outlast(future: asyncio.Future[Any], *, patience: Callable[[], float | None] = lambda: None) -> bool:
     """Wait for a future to the end even if cancelled meanwhile; then the cancellation goes on.
 
     Args:
         patience: asked at first and when cancelled: how many seconds to go on waiting; None: to the end.
 
-    Raises:
-        TimeoutError: the patience is over.
+    Returns:
+        Whether it has ended; False: the patience is over. What the future raised is raised.
     """
     cancelled: asyncio.CancelledError | None = None
     timeout = patience()
@@ -413,9 +414,9 @@ async def outlast(future: asyncio.Future[R], *, patience: Callable[[], float | N
         if future.done() and not future.cancelled():
             future.exception()  # seen: the cancellation is what the caller gets
         raise cancelled
-    if not future.done():
-        raise TimeoutError("it has not ended in time")
-    return future.result()
+    if future.done():
+        future.result()
+    return future.done()
 
 
 def signal() -> ThreadFuture[None]:
@@ -431,10 +432,17 @@ def arrival(future: ThreadFuture[R]) -> asyncio.Future[R]:
 
 
 def interrupted_by_user() -> bool:
-    """Whether Ctrl-C was pressed in a program that `asyncio.run` runs: then it cancels, and all should end."""
+    """Whether Ctrl-C was pressed and the program is on its way out; where it matters, in a `finally` or `__exit__`."""
     # asyncio.Runner handles SIGINT by a bound method of itself, and counts; there is no public way to ask.
     handler = getattr(signals.getsignal(signals.SIGINT), "func", None)
-    return bool(getattr(getattr(handler, "__self__", None), "_interrupt_count", 0))
+    if getattr(getattr(handler, "__self__", None), "_interrupt_count", 0):
+        return True
+    # That handler is gone when the tasks beside the main one are cancelled, and was never there in plain programs. Then
+    # the interrupt is what is being handled, or what the cancellation came in the midst of.
+    error = sys.exc_info()[1]
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    return error is not None
 
 
 def _label(function: Any, args: tuple[Any, ...] = ()) -> str:

@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import contextlib
 import logging
 import os
 import sys
@@ -130,9 +131,6 @@ class LoopThread(Calls, Executor):
         ended = arrival(self._ended)
         try:
             await outlast(ended, patience=self._mailbox.patience)
-        except TimeoutError:
-            if ended.done():  # by `on_close`
-                raise
         finally:
             if ended.done():
                 self._thread.join()  # its last act was to tell us: microseconds
@@ -140,18 +138,20 @@ class LoopThread(Calls, Executor):
                 self._left = True
 
     def close(self, timeout: float | None = None) -> None:
-        """As `aclose`, for plain threads: blocks until the thread has ended.
+        """As `aclose`, for plain threads: blocks until the thread has ended; after Ctrl-C as long as `aclose`.
 
         Raises:
             TimeoutError: it has not ended after `timeout` seconds; it goes on closing.
         """
         if not self._begin_close():
             return
-        self._thread.join(timeout)
-        if self._thread.is_alive():
+        if self._wait(self._mailbox.patience() if timeout is None else timeout):
+            self._ended.result()
+        elif timeout is None:
+            self._left = True
+        else:
             running = self.stats().running
             raise TimeoutError(f"{self.name!r} has not ended after {timeout} s; {running or 'a coroutine'} still runs")
-        self._ended.result()
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """As Executor.shutdown: take no more calls; `wait` for the end; `cancel_futures` drops what is queued."""
@@ -220,6 +220,16 @@ class LoopThread(Calls, Executor):
             self._launched = False
             self._mailbox.fail(self._closed)
             raise
+
+    def _wait(self, timeout: float | None) -> bool:
+        """Block until the thread has ended; False: it has not in time."""
+        # Not by `Thread.join`: interrupted by Ctrl-C, that takes the thread for ended (before Python 3.13).
+        with contextlib.suppress(TimeoutError):
+            self._ended.exception(timeout)
+        if not self._ended.done():
+            return False
+        self._thread.join()  # its last act was to tell us: microseconds
+        return True
 
     def _begin_close(self) -> bool:
         """Close the mailbox; False: there is no thread to wait for."""
@@ -316,8 +326,7 @@ def _drain_at_exit() -> None:
         timeout = 0.0 if thread._left else thread._mailbox.exit_timeout
         timeout = max(0.0, begun + timeout - time.monotonic())
         idle = thread._mailbox.busy is None and not len(thread._mailbox) and thread._on_close is None
-        thread._thread.join(max(timeout, _TO_END) if idle else timeout)
-        if thread._thread.is_alive():
+        if not thread._wait(max(timeout, _TO_END) if idle else timeout):
             busy = thread._mailbox.busy
             log.critical(
                 "%r still works %.1f s after %s; it is left, and what is queued behind is lost: %d calls behind %s\n%s",
@@ -328,7 +337,7 @@ def _drain_at_exit() -> None:
                 busy.label() if busy else "on_close",
                 "".join(thread._mailbox.stack()),
             )
-        elif thread._ended.done() and (error := thread._ended.exception()) is not None:
+        elif (error := thread._ended.exception()) is not None:
             log.critical("%r could not be closed at the program's end", thread.name, exc_info=error)
 
 
