@@ -150,7 +150,8 @@ class Intake(Generic[T]):
 
     def finish(self, refusal: Callable[[], OffloadError]) -> None:
         """Accept nothing more and hand over what is there; on the thread."""
-        self.refuse(refusal)
+        if not isinstance(self._thread.refusal, BrokenResourceError):  # of that the next `put` hears from the thread
+            self.refuse(refusal)
         self.take_all()
 
     def refuse(self, refusal: Callable[[], OffloadError]) -> None:

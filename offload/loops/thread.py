@@ -11,7 +11,7 @@ Promises:
     - Closing takes no more calls, runs those that are queued, waits for those that run, then runs `on_close` on the
       thread. A cancelled `aclose()` still waits to the end, so `async with` never leaves a thread behind.
     - A call from the thread itself runs at once; a blocking wait there raises DeadlockError.
-    - If the loop ends in another way (somebody stopped it), every call gets BrokenResourceError.
+    - If the loop ends in another way (somebody stopped it), every call gets BrokenResourceError, and `on_close` runs.
     - In a forked child every thread of the parent raises ForkedError: threads do not survive a fork.
     - At interpreter exit every thread that is still open is drained and closed as above, for at most its
       `exit_timeout`, all at the same time; then a warning names the resource, the call that blocks and where it stands.
@@ -85,6 +85,7 @@ class LoopThread(Calls, Executor):
         self.name = name
         self._loop_factory = loop_factory
         self._on_close = on_close
+        self._closes = on_close is not None
         self._debug = debug
         self._thread = threading.Thread(target=self._main, name=name, daemon=True)
         self._launched = False
@@ -181,6 +182,12 @@ class LoopThread(Calls, Executor):
         """Whether calls are refused: it was closed, or has not been started, or its loop is gone."""
         return self._mailbox.refusal is not None
 
+    @property
+    def refusal(self) -> OffloadError | None:
+        """The error that a call would raise now; None: it would be taken."""
+        refusal = self._mailbox.refusal
+        return None if refusal is None else refusal()
+
     async def __aenter__(self) -> Self:
         return await self.start()
 
@@ -254,6 +261,8 @@ class LoopThread(Calls, Executor):
                     cause = exc
                     # Before the runner cancels the tasks that are left: their callers hear why, not "cancelled".
                     self._mailbox.fail(lambda: self._broken(cause))
+                    if self._ready.done():
+                        failure = runner.run(self._finish())  # what is open is closed all the same
         except BaseException as exc:
             cause = cause or exc
         self._mailbox.fail(self._closed if cause is None else lambda: self._broken(cause))
@@ -275,15 +284,19 @@ class LoopThread(Calls, Executor):
         self._mailbox.open(loop, drained.set)
         self._ready.set_result(None)
         await drained.wait()
-        if self._on_close is not None:
+        return await self._finish()
+
+    async def _finish(self) -> BaseException | None:
+        on_close, self._on_close = self._on_close, None  # once
+        if on_close is not None:
             try:
-                self._on_close()
+                on_close()
             except BaseException as exc:
                 return holdable(exc)
         return None
 
     def _forked(self) -> bool:
-        return self._mailbox.refusal is not None and isinstance(self._mailbox.refusal(), ForkedError)
+        return isinstance(self.refusal, ForkedError)
 
     # --- why no call is taken -------------------------------------------------------------------------------------
 
@@ -325,7 +338,7 @@ def _drain_at_exit() -> None:
     for thread in threads:
         timeout = 0.0 if thread._left else thread._mailbox.exit_timeout
         timeout = max(0.0, begun + timeout - time.monotonic())
-        idle = thread._mailbox.busy is None and not len(thread._mailbox) and thread._on_close is None
+        idle = thread._mailbox.busy is None and not len(thread._mailbox) and not thread._closes
         if not thread._wait(max(timeout, _TO_END) if idle else timeout):
             busy = thread._mailbox.busy
             log.critical(
