@@ -281,8 +281,8 @@ class Call(asyncio.Future[R]):
     def _cancel_task(self) -> None:
         # On the resource's loop, where a call that runs has its task since the step in which it began to run. So each
         # `cancel` reaches the coroutine once; a second time would hit its cleanup.
-        assert self._task is not None, "it runs"
-        self._task.cancel(self._message)
+        if self._task is not None:  # otherwise its loop was ended by force before it began
+            self._task.cancel(self._message)
 
 
 class CoroutineCall(Call[R]):
@@ -355,6 +355,7 @@ class Submission(Generic[R]):
                 self.future.set_exception(error)
         except InvalidStateError:
             assert self.future.cancelled(), "nobody else settles it"
+            self.future.set_running_or_notify_cancel()  # it never ran: `concurrent.futures.wait` waits to be told so
 
 
 class Post:

@@ -236,7 +236,6 @@ class Mailbox:
         with self.gate:
             self.refusal = refusal
             self.closing.set()
-            self._bell = None
             queued = [*self._queue, *(self._outer if self._outer is not self._queue else ())]
             left = [e for e in (self.running, *self._tasks, *queued) if e is not None]
             self.running = self._span = None
@@ -251,6 +250,11 @@ class Mailbox:
                 entry.state = DROPPED if entry.state is QUEUED else INTERRUPTED
                 self.failed += 1
                 entry.settle_later(None, refusal())
+
+    def hang_up(self) -> None:
+        """The loop is closed. Not before: it would answer the last ring by a descriptor that is gone."""
+        with self.gate:
+            self._bell = None
 
     def renew(self) -> None:
         """In a forked child: the gate may have been held by a thread that is not here."""

@@ -266,6 +266,7 @@ class LoopThread(Calls, Executor):
         except BaseException as exc:
             cause = cause or exc
         self._mailbox.fail(self._closed if cause is None else lambda: self._broken(cause))
+        self._mailbox.hang_up()
         if not self._ready.done():
             self._ready.set_exception(self._broken(cause))
         _live.discard(self)
@@ -316,6 +317,7 @@ class LoopThread(Calls, Executor):
         self._mailbox.thread_id = None  # if it was this thread that forked, it lives on, its loop does not
         self._mailbox.renew()
         self._mailbox.fail(lambda: ForkedError(message))
+        self._mailbox.hang_up()
         for future in (self._ready, self._ended):
             if not future.done():
                 future.set_result(None)

@@ -46,8 +46,8 @@ class Cross:
         self.caller, self.factory = FACTORIES[caller], FACTORIES[thread]
 
     def run(self, main: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        with asyncio.Runner(debug=True, loop_factory=self.caller) as runner:
-            runner.get_loop().slow_callback_duration = 60  # a busy machine is slow
+        # Without debug mode: there uvloop walks the stack, which ends CPython 3.12.1 if an async generator is on it.
+        with asyncio.Runner(debug=False, loop_factory=self.caller) as runner:
             runner.run(main())
 
     def thread(self, name: str = "resource", **options: Any) -> LoopThread:
