@@ -32,13 +32,13 @@ if TYPE_CHECKING:
     from .files.sink import SinkStats as SinkStats
     from .loops.call import Call as Call
     from .loops.call import CallState as CallState
+    from .loops.calls import Calls as Calls
+    from .loops.calls import Stats as Stats
     from .loops.resource import Handle as Handle
     from .loops.resource import Resource as Resource
     from .loops.service import Service as Service
     from .loops.service import method as method
-    from .loops.thread import Calls as Calls
     from .loops.thread import LoopThread as LoopThread
-    from .loops.thread import Stats as Stats
     from .merge.engine import Merge as Merge
     from .merge.sources import Sources as Sources
 
@@ -46,13 +46,13 @@ _WHERE = {
     # loops
     "Call": "loops.call",
     "CallState": "loops.call",
-    "Calls": "loops.thread",
+    "Calls": "loops.calls",
     "Handle": "loops.resource",
     "LoopThread": "loops.thread",
     "Resource": "loops.resource",
     "Service": "loops.service",
     "method": "loops.service",
-    "Stats": "loops.thread",
+    "Stats": "loops.calls",
     # debug
     "SlowCallbackDetector": "debug.slow",
     "may_block": "debug.slow",

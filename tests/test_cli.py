@@ -616,7 +616,7 @@ def test_a_batch_merge_that_is_interrupted_goes_on_later(big: tuple[Path, int]) 
 
 HUNG_DISK = """
 import time
-from offload.files.sink import AppendFile
+from offload.files.append import AppendFile
 AppendFile.sync = lambda self: time.sleep(600)
 from offload.cli import main
 main()

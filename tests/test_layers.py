@@ -87,8 +87,8 @@ def test_rooms_are_one_storey() -> None:
         ("threading.Thread", {"loops/thread.py", "debug/watchdog.py", "cli_live.py"}),
         ("asyncio.Runner", {"loops/thread.py", "debug/slow.py"}),
         ("asyncio.run", {"cli.py"}),
-        ("run_coroutine_threadsafe", {"loops/call.py"}),
-        ("call_soon_threadsafe", {"loops/call.py", "debug/edge.py"}),
+        ("run_coroutine_threadsafe", {"loops/mailbox.py"}),
+        ("call_soon_threadsafe", {"loops/port.py", "debug/edge.py"}),
         ("print", {"cli.py", "cli_run.py", "cli_live.py"}),
     ],
 )

@@ -69,7 +69,7 @@ class Intake(Generic[T]):
         self._max_bytes = max_bytes
         self._lock = threading.RLock()
         self._items: list[T] = []
-        self._accepted = self._taken = self._batch = 0  # bytes
+        self._accepted = self._taken = 0  # bytes
         self._posted = False
         self.dropped = self._untold = 0
         self._refusal: Callable[[], OffloadError] | None = None
@@ -150,7 +150,8 @@ class Intake(Generic[T]):
 
     def finish(self, refusal: Callable[[], OffloadError]) -> None:
         """Accept nothing more and hand over what is there; on the thread."""
-        self.refuse(refusal)
+        if not isinstance(self._thread.refusal, BrokenResourceError):  # of that the next `put` hears from the thread
+            self.refuse(refusal)
         self.take_all()
 
     def refuse(self, refusal: Callable[[], OffloadError]) -> None:

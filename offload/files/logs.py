@@ -21,8 +21,9 @@ import os
 from typing import Any
 
 from ..errors import ClosedResourceError, ForkedError
+from .append import AppendFile
 from .intake import Overflow
-from .sink import AppendFile, FileSink, SinkStats
+from .sink import FileSink, SinkStats
 
 MAX_BYTES = 16 << 20
 _PATIENCE = 1.0  # seconds for an end that somebody else has begun: the interpreter's exit has waited for it already
@@ -60,9 +61,6 @@ class LogHandler(logging.Handler):
         self._sink = FileSink(self._path, **self._options)
         self._ended = False
         super().__init__(level)
-        # `dictConfig` holds logging's lock while it makes us. The new thread's event loop asks whether asyncio's debug
-        # messages are wanted, and would wait for that lock, and we for the thread; unless the answer is in the cache.
-        logging.getLogger("asyncio").isEnabledFor(logging.DEBUG)
         self._sink.__enter__()
 
     def stats(self) -> SinkStats:

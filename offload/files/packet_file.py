@@ -46,8 +46,9 @@ from ..packets.codec import (
     unpack_header,
 )
 from ..packets.format import HEADER_BYTES, Flag, FrameType
-from ..packets.recover import Ledger, Recovery, SourceState, generations, recover
-from .sink import AppendFile, whole_pieces
+from ..packets.ledger import Ledger, SourceState
+from ..packets.recover import Recovery, generations, recover
+from .append import AppendFile, whole_pieces
 
 Fsync = Literal["none", "interval", "always"]
 

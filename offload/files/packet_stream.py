@@ -26,10 +26,11 @@ from ..errors import ClosedResourceError, PacketError, PacketTooLargeError
 from ..loops import Call
 from ..packets.codec import Buffer, Frame, SourceInfo, line_pieces, packets_payload
 from ..packets.format import MAX_PAYLOAD, Compression, EntryFlag, FrameType
-from ..packets.recover import Recovery, SourceState
+from ..packets.ledger import SourceState
+from ..packets.recover import Recovery
+from .append import as_bytes
 from .intake import MAX_BYTES, OnThread, Writing
 from .packet_file import FrameSource, Fsync, PacketFile, Piece
-from .sink import as_bytes
 
 R = TypeVar("R")
 

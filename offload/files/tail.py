@@ -24,7 +24,7 @@ from dataclasses import dataclass
 
 from ..packets.codec import CommitEntry, GapInfo, SourceInfo, line_pieces
 from ..packets.format import GUARD_BYTES, HEAD_BYTES, NONE_U64, Compression, EntryFlag, GapReason
-from ..packets.recover import digest
+from ..packets.ledger import digest
 from .packet_file import Piece, open_regular, read_at
 
 ARENA_BYTES = 1 << 20
@@ -125,7 +125,7 @@ class Tail:
         self._upto: int | None = None
         self._resume = resume  # until what it says has been compared with the file
         self._known = resume is not None  # whether the source is in the packet file
-        self._start: CommitEntry | None = None
+        self._renamed: CommitEntry | None = None
         self._checked_ns = 0  # mtime when the guard was last compared
         self._behind = False  # the open file has lost its name to another, which comes next
         self._identity: tuple[int, int] | None = None
@@ -154,7 +154,7 @@ class Tail:
 
     def begin_at(self, entry: CommitEntry) -> None:
         """Begin behind what was read of this file when it had another name; before the first read."""
-        self._start = entry
+        self._renamed = entry
 
     def close(self) -> None:
         """Let go of the descriptor; the next read opens the file again and compares it with what is known."""
@@ -275,7 +275,7 @@ class Tail:
                     self._gap(steps, GapReason.TRUNCATED if same else GapReason.UNLINKED)
                 self._begin(steps, status)
         elif not self._known:
-            start, self._start = self._start, None
+            start, self._renamed = self._renamed, None
             self._begin(steps, status, 0 if start is None else start.resume_off)
             resumed = start is not None
         self._fd, self._identity = fd, (status.st_dev, status.st_ino)

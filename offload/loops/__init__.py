@@ -1,6 +1,7 @@
 """Threads that run an event loop, and calls between loops."""
 
 from .call import Call, CallState, outlast
-from .thread import LoopThread, Stats
+from .calls import Stats
+from .thread import LoopThread
 
 __all__ = ["Call", "CallState", "LoopThread", "Stats", "outlast"]

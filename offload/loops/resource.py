@@ -32,7 +32,8 @@ from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, TypeVar
 
 from ..errors import BrokenResourceError, OffloadError
 from .call import Call, OnCancel, outlast
-from .thread import Calls, LoopThread, Stats
+from .calls import Calls, Stats
+from .thread import LoopThread
 
 if TYPE_CHECKING:
     import asyncio
@@ -102,7 +103,7 @@ class Handle(Generic[T]):
                 if not call.cancel() and not call.cancelled():
                     call.exception()  # seen: the consumer did not come so far
             with contextlib.suppress(OffloadError):  # closed or broken: the object took its sources along
-                await outlast(self._calls.plain().call(source.close))
+                await outlast(self._calls.plain().call(source.close), patience=self._calls._mailbox.patience)
 
     @contextlib.asynccontextmanager
     async def exclusive(self) -> AsyncIterator[Handle[T]]:

@@ -25,7 +25,8 @@ from typing import Any, Concatenate, Generic, ParamSpec, Self, TypeVar, overload
 
 from ..errors import ClosedResourceError
 from .call import Call, OnCancel
-from .thread import Calls, LoopThread, Stats
+from .calls import Calls, Stats
+from .thread import LoopThread
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -63,9 +64,9 @@ class method(Generic[S, P, R]):  # named as `property` and `classmethod` are
     """Marks a method of a Service that runs on the service's thread: callers await it."""
 
     @overload
-    def __init__(self: method[S, P, R], function: Callable[Concatenate[S, P], Coroutine[Any, Any, R]]) -> None: ...
+    def __init__(self, function: Callable[Concatenate[S, P], Coroutine[Any, Any, R]]) -> None: ...
     @overload
-    def __init__(self: method[S, P, R], function: Callable[Concatenate[S, P], R]) -> None: ...
+    def __init__(self, function: Callable[Concatenate[S, P], R]) -> None: ...
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
         self._coroutine = inspect.iscoroutinefunction(function)

@@ -11,16 +11,16 @@ Promises:
     - Closing takes no more calls, runs those that are queued, waits for those that run, then runs `on_close` on the
       thread. A cancelled `aclose()` still waits to the end, so `async with` never leaves a thread behind.
     - A call from the thread itself runs at once; a blocking wait there raises DeadlockError.
-    - If the loop ends in another way (somebody stopped it), every call gets BrokenResourceError.
+    - If the loop ends in another way (somebody stopped it), every call gets BrokenResourceError, and `on_close` runs.
     - In a forked child every thread of the parent raises ForkedError: threads do not survive a fork.
-    - At interpreter exit every thread that is still open is drained and closed as above, for at most EXIT_TIMEOUT
-      seconds altogether; then a warning names the resource, the call that blocks and where it stands.
+    - At interpreter exit every thread that is still open is drained and closed as above, for at most its
+      `exit_timeout`, all at the same time; then a warning names the resource, the call that blocks and where it stands.
 
 Threads are daemons, so that one which never returns cannot keep the interpreter from ending; `atexit` runs after all
 ordinary threads have ended and before daemons are stopped, which is the moment to drain. Children that multiprocessing
 forks end without `atexit`, and are drained by its finalizers.
 
-Assumes that nobody else stops the loop. Threads and loops are made here only, crossings in `call.py` only.
+Assumes that nobody else stops the loop. Threads and loops are made here only, crossings in `mailbox.py` and `port.py`.
 """
 
 from __future__ import annotations
@@ -28,204 +28,29 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextlib
-import contextvars
 import logging
 import os
 import sys
 import threading
 import time
 import weakref
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import Callable
 from concurrent.futures import Executor
 from concurrent.futures import Future as ThreadFuture
 from threading import get_ident
-from time import perf_counter
 from types import TracebackType
-from typing import Any, NamedTuple, ParamSpec, Self, TypeVar
+from typing import ParamSpec, Self, TypeVar
 
 from ..debug.announce import Announced, announced
 from ..errors import BrokenResourceError, ClosedResourceError, DeadlockError, ForkedError, OffloadError
-from .call import (
-    DEFAULT,
-    Call,
-    CoroutineCall,
-    Mailbox,
-    Notice,
-    OnCancel,
-    Options,
-    Post,
-    Span,
-    Submission,
-    arrival,
-    holdable,
-    outlast,
-    port_here,
-    signal,
-)
+from .call import arrival, holdable, outlast, signal
+from .calls import Calls
+from .mailbox import Mailbox
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 log = logging.getLogger("offload")
-
-
-class Stats(NamedTuple):
-    """How the calls of one resource fare.
-
-    Attributes:
-        queued: calls that wait now.
-        running: the plain call that runs now, by name; None: none does.
-        running_for: seconds since it began; 0.0 if none runs.
-        oldest_wait: seconds that the call at the head of the queue has waited; 0.0 if none waits.
-        submitted, failed, dropped, abandoned: counts since the start; a failed call raised, a dropped one never ran, of
-            an abandoned one nobody took the outcome.
-        busy: share of the time since the start in which a plain call ran, 0.0 to 1.0.
-    """
-
-    queued: int
-    running: str | None
-    running_for: float
-    oldest_wait: float
-    submitted: int
-    failed: int
-    dropped: int
-    abandoned: int
-    busy: float
-
-
-class Calls:
-    """The calls that cross to one thread, all with the same options. LoopThread is one; `options` makes others."""
-
-    def __init__(self, mailbox: Mailbox, options: Options = DEFAULT, span: Span | None = None) -> None:
-        self._mailbox = mailbox
-        self._options = options
-        self._span = span
-
-    def call(self, function: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> Call[R]:
-        """Run a plain function on the thread; the place in its queue is taken now, awaiting is optional.
-
-        Returns:
-            A future of the running loop, with the function's result or exception. Cancelling it drops the call if it
-            is queued; if it runs, `on_cancel` says what happens: by default the future stays pending until the function
-            has returned, then it is cancelled.
-
-        Raises:
-            ClosedResourceError, BrokenResourceError, ForkedError: nothing was queued.
-            QueueFullError: the queue is at its bound, and the call asked not to wait.
-            RuntimeError: no event loop runs here; plain threads use `submit`.
-        """
-        mailbox = self._mailbox
-        call: Call[R] = Call(mailbox, function, args, kwargs, self._options, self._span)
-        if get_ident() == mailbox.thread_id:
-            call.made()
-            mailbox.run_inline(call)
-            call.settle()
-        else:
-            mailbox.put(call, nowait=self._options.nowait)
-            call.made()
-        return call
-
-    def run(self, function: Callable[P, Coroutine[Any, Any, R]], /, *args: P.args, **kwargs: P.kwargs) -> Call[R]:
-        """Run a coroutine function on the thread's loop; it starts in its place among all calls.
-
-        Cancelling the returned future drops the call if it is queued; if it runs, the coroutine gets CancelledError on
-        its own loop, and the future stays pending until its cleanup has ended. Errors as for `call`.
-        """
-        call: Call[R] = CoroutineCall(self._mailbox, function, args, kwargs, self._options, self._span)
-        self._mailbox.put(call, nowait=self._options.nowait)
-        call.made()
-        return call
-
-    def submit(self, fn: Callable[P, R], /, *args: P.args, **kwargs: P.kwargs) -> ThreadFuture[R]:
-        """Run a plain function on the thread, from any thread, with or without a loop, as an Executor would.
-
-        Of the options `nowait` counts; to wait for so long and no longer, use `result(timeout)`.
-
-        Returns:
-            A concurrent future: `result(timeout)` waits for the outcome, `cancel()` drops the call if it is queued.
-            Made on the thread itself, the call has run when this returns.
-
-        Raises:
-            ClosedResourceError, BrokenResourceError, ForkedError, QueueFullError: nothing was queued.
-        """
-        entry = Submission(fn, args, kwargs, self._span)
-        if get_ident() == self._mailbox.thread_id:
-            self._mailbox.run_inline(entry)
-        else:
-            self._mailbox.put(entry, nowait=self._options.nowait)
-        return entry.future
-
-    def post(self, function: Callable[[], object]) -> None:
-        """Queue a function whose outcome nobody waits for; it must not raise. Errors as for `submit`."""
-        self._mailbox.put(Post(function))
-
-    def callback(self, function: Callable[P, object], /) -> Callable[P, None]:
-        """A function for a vendor's SDK to call, from any thread; each call runs `function` on the loop that runs now.
-
-        The calls come in the order made, in this caller's context variables, a wake-up a burst. What `function`
-        raises goes to the loop's exception handler, never into the SDK. Once the loop is closed, calls are dropped.
-        """
-        port, context = port_here(), contextvars.copy_context()
-
-        def deliver(*args: P.args, **kwargs: P.kwargs) -> None:
-            port.post(Notice(port.loop, context, function, (args, kwargs)))
-
-        return deliver
-
-    def options(
-        self, *, timeout: float | None = None, on_cancel: OnCancel | None = None, nowait: bool | None = None
-    ) -> Calls:
-        """The same thread, with other rules for the calls made through what this returns; what is None stays as it is.
-
-        Args:
-            timeout: seconds from making a call until it is given up with TimeoutError.
-            on_cancel: what happens to a call that runs when it is cancelled or given up: "wait" until it ends (the
-                default), "interrupt" it and wait (see Resource), or "abandon" it: its caller goes on at once, the
-                function does too, and its outcome is nobody's. A call that is queued is always dropped.
-            nowait: raise QueueFullError if the queue is at its bound.
-        """
-        old = self._options
-        new = Options(
-            old.timeout if timeout is None else timeout,
-            old.on_cancel if on_cancel is None else on_cancel,
-            old.nowait if nowait is None else nowait,
-        )
-        return Calls(self._mailbox, new, self._span)
-
-    def plain(self) -> Calls:
-        """The same thread, without options; inside a span, while it lasts."""
-        return Calls(self._mailbox, span=self._span)
-
-    @contextlib.asynccontextmanager
-    async def exclusive(self) -> AsyncIterator[Calls]:
-        """A span of calls that nobody else gets into; see Handle.exclusive."""
-        span = Span(self._mailbox)
-        await span.begin(nowait=self._options.nowait)
-        try:
-            yield Calls(self._mailbox, self._options, span)
-        finally:
-            span.end()
-
-    def is_here(self) -> bool:
-        """Whether the calling code runs on this thread."""
-        return get_ident() == self._mailbox.thread_id
-
-    def stats(self) -> Stats:
-        """How the calls fare; from any thread."""
-        box, now = self._mailbox, perf_counter()
-        running, oldest = box.running, box.oldest
-        running_for = now - box.running_since if running else 0.0
-        return Stats(
-            len(box),
-            running.label() if running else None,
-            running_for,
-            now - oldest if oldest is not None else 0.0,
-            box.submitted,
-            box.failed,
-            box.dropped,
-            box.abandoned,
-            min(1.0, (box.busy_time + running_for) / (now - box.opened)) if box.opened else 0.0,
-        )
 
 
 class LoopThread(Calls, Executor):
@@ -262,6 +87,7 @@ class LoopThread(Calls, Executor):
         self.name = name
         self._loop_factory = loop_factory
         self._on_close = on_close
+        self._closes = on_close is not None
         self._debug = debug
         self._thread = threading.Thread(target=self._main, name=name, daemon=True)
         self._launched = False
@@ -308,9 +134,6 @@ class LoopThread(Calls, Executor):
         ended = arrival(self._ended)
         try:
             await outlast(ended, patience=self._mailbox.patience)
-        except TimeoutError:
-            if ended.done():  # by `on_close`
-                raise
         finally:
             if ended.done():
                 self._thread.join()  # its last act was to tell us: microseconds
@@ -318,18 +141,20 @@ class LoopThread(Calls, Executor):
                 self._left = True
 
     def close(self, timeout: float | None = None) -> None:
-        """As `aclose`, for plain threads: blocks until the thread has ended.
+        """As `aclose`, for plain threads: blocks until the thread has ended; after Ctrl-C as long as `aclose`.
 
         Raises:
             TimeoutError: it has not ended after `timeout` seconds; it goes on closing.
         """
         if not self._begin_close():
             return
-        self._thread.join(timeout)
-        if self._thread.is_alive():
+        if self._wait(self._mailbox.patience() if timeout is None else timeout):
+            self._ended.result()
+        elif timeout is None:
+            self._left = True
+        else:
             running = self.stats().running
             raise TimeoutError(f"{self.name!r} has not ended after {timeout} s; {running or 'a coroutine'} still runs")
-        self._ended.result()
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """As Executor.shutdown: take no more calls; `wait` for the end; `cancel_futures` drops what is queued."""
@@ -359,6 +184,12 @@ class LoopThread(Calls, Executor):
         """Whether calls are refused: it was closed, or has not been started, or its loop is gone."""
         return self._mailbox.refusal is not None
 
+    @property
+    def refusal(self) -> OffloadError | None:
+        """The error that a call would raise now; None: it would be taken."""
+        refusal = self._mailbox.refusal
+        return None if refusal is None else refusal()
+
     async def __aenter__(self) -> Self:
         return await self.start()
 
@@ -387,6 +218,10 @@ class LoopThread(Calls, Executor):
             self._launched = True
         _live.add(self)
         _drain_in_children()
+        # The new thread's event loop asks whether asyncio's debug messages are wanted. Who holds logging's lock now
+        # (`dictConfig`, while it makes a handler that starts us) would make it wait, and wait for it; unless the answer
+        # is in the cache.
+        logging.getLogger("asyncio").isEnabledFor(logging.DEBUG)
         try:
             self._thread.start()
         except BaseException:
@@ -394,6 +229,16 @@ class LoopThread(Calls, Executor):
             self._launched = False
             self._mailbox.fail(self._closed)
             raise
+
+    def _wait(self, timeout: float | None) -> bool:
+        """Block until the thread has ended; False: it has not in time."""
+        # Not by `Thread.join`: interrupted by Ctrl-C, that takes the thread for ended (before Python 3.13).
+        with contextlib.suppress(TimeoutError):
+            self._ended.exception(timeout)
+        if not self._ended.done():
+            return False
+        self._thread.join()  # its last act was to tell us: microseconds
+        return True
 
     def _begin_close(self) -> bool:
         """Close the mailbox; False: there is no thread to wait for."""
@@ -418,9 +263,12 @@ class LoopThread(Calls, Executor):
                     cause = exc
                     # Before the runner cancels the tasks that are left: their callers hear why, not "cancelled".
                     self._mailbox.fail(lambda: self._broken(cause))
+                    if self._ready.done():
+                        failure = runner.run(self._finish())  # what is open is closed all the same
         except BaseException as exc:
             cause = cause or exc
         self._mailbox.fail(self._closed if cause is None else lambda: self._broken(cause))
+        self._mailbox.hang_up()
         if not self._ready.done():
             self._ready.set_exception(self._broken(cause))
         _live.discard(self)
@@ -441,15 +289,19 @@ class LoopThread(Calls, Executor):
         mine = Announced(loop, self.name, self.stats, frozenset({Mailbox._run.__code__}))
         with announced(mine, debug=bool(self._debug)):
             await drained.wait()
-        if self._on_close is not None:
+        return await self._finish()
+
+    async def _finish(self) -> BaseException | None:
+        on_close, self._on_close = self._on_close, None  # once
+        if on_close is not None:
             try:
-                self._on_close()
+                on_close()
             except BaseException as exc:
                 return holdable(exc)
         return None
 
     def _forked(self) -> bool:
-        return self._mailbox.refusal is not None and isinstance(self._mailbox.refusal(), ForkedError)
+        return isinstance(self.refusal, ForkedError)
 
     # --- why no call is taken -------------------------------------------------------------------------------------
 
@@ -469,6 +321,7 @@ class LoopThread(Calls, Executor):
         self._mailbox.thread_id = None  # if it was this thread that forked, it lives on, its loop does not
         self._mailbox.renew()
         self._mailbox.fail(lambda: ForkedError(message))
+        self._mailbox.hang_up()
         for future in (self._ready, self._ended):
             if not future.done():
                 future.set_result(None)
@@ -480,6 +333,9 @@ _live: weakref.WeakSet[LoopThread] = weakref.WeakSet()
 _process = os.getpid()
 
 
+_TO_END = 1.0  # seconds for a thread that has nothing to do to notice that it should end: some 100 µs, if it may run
+
+
 def _drain_at_exit() -> None:
     threads = list(_live)
     for thread in threads:
@@ -487,8 +343,9 @@ def _drain_at_exit() -> None:
     begun = time.monotonic()
     for thread in threads:
         timeout = 0.0 if thread._left else thread._mailbox.exit_timeout
-        thread._thread.join(max(0.0, begun + timeout - time.monotonic()))
-        if thread._thread.is_alive():
+        timeout = max(0.0, begun + timeout - time.monotonic())
+        idle = thread._mailbox.busy is None and not len(thread._mailbox) and not thread._closes
+        if not thread._wait(max(timeout, _TO_END) if idle else timeout):
             busy = thread._mailbox.busy
             log.critical(
                 "%r still works %.1f s after %s; it is left, and what is queued behind is lost: %d calls behind %s\n%s",
@@ -499,7 +356,7 @@ def _drain_at_exit() -> None:
                 busy.label() if busy else "on_close",
                 "".join(thread._mailbox.stack()),
             )
-        elif thread._ended.done() and (error := thread._ended.exception()) is not None:
+        elif (error := thread._ended.exception()) is not None:
             log.critical("%r could not be closed at the program's end", thread.name, exc_info=error)
 
 

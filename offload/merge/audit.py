@@ -10,7 +10,7 @@ from ..errors import PacketError
 from ..files.packet_file import FrameSource
 from ..packets.codec import Damage, Frame, GapInfo
 from ..packets.format import HEADER_BYTES, MAGIC, NONE_U64, FrameType
-from ..packets.recover import Ledger
+from ..packets.ledger import Ledger
 from .names import Names
 
 Watcher = Callable[[int, int], None]

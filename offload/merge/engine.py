@@ -107,7 +107,6 @@ class Merge:
     ) -> None:
         self.progress = Progress()
         self._sources = sources if isinstance(sources, Sources) else Sources(sources)
-        self._output = os.path.abspath(output)
         self._follow = follow
         self._poll = poll
         self._writer = PacketWriter(output, fsync=fsync, mend=_can_be_read_again)

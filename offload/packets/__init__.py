@@ -2,7 +2,8 @@
 
 from .codec import Damage, Frame, Header, PacketDecoder, encode
 from .format import Flag, FrameType, GapReason
-from .recover import Ledger, Recovery, SourceState, recover
+from .ledger import Ledger, SourceState
+from .recover import Recovery, recover
 
 __all__ = [
     "Damage",

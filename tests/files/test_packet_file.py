@@ -20,8 +20,8 @@ from typing import Any
 import pytest
 
 from offload.errors import BusyResourceError, PacketError
+from offload.files import append as append_module
 from offload.files import packet_file as module
-from offload.files import sink as sink_module
 from offload.files.packet_file import FrameSource, PacketFile, Piece
 from offload.merge.audit import verify
 from offload.packets.codec import CommitInfo, Damage, Frame, GapInfo, PacketDecoder, SourceInfo, packets_payload
@@ -415,7 +415,7 @@ class Syncs:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.sizes: list[int] = []
         self.fail = False
-        real = sink_module.sync_descriptor
+        real = append_module.sync_descriptor
 
         def sync(fd: int) -> None:
             if self.fail:
@@ -423,7 +423,7 @@ class Syncs:
             real(fd)
             self.sizes.append(os.fstat(fd).st_size)
 
-        monkeypatch.setattr(sink_module, "sync_descriptor", sync)
+        monkeypatch.setattr(append_module, "sync_descriptor", sync)
 
 
 @pytest.fixture(name="syncs")
@@ -622,7 +622,7 @@ def test_a_follower_sees_no_frame_vanish_when_the_disk_is_full(tmp_path: Path, m
         with monkeypatch.context() as patch:
             patch.setattr(os, "writev", half)
             # The short count gets lost with the error: as if the system had told it, and the call after it had failed.
-            patch.setattr(sink_module, "_write_all", lambda fd, buffers: short(half, fd, buffers))
+            patch.setattr(append_module, "_write_all", lambda fd, buffers: short(half, fd, buffers))
             with pytest.raises(OSError, match="full"):
                 fill(file, b"second\n", b"third\n")
         file.close(broken=True)

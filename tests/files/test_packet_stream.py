@@ -19,8 +19,8 @@ from typing import Any
 import pytest
 
 from offload.errors import BrokenResourceError, BusyResourceError, ClosedResourceError, PacketError
+from offload.files import append as append_module
 from offload.files import packet_stream as module
-from offload.files import sink as sink_module
 from offload.files.packet_file import FrameSource, PacketFile, Piece
 from offload.files.packet_stream import LINES_BYTES, PacketReader, PacketWriter
 from offload.loops import LoopThread
@@ -446,7 +446,7 @@ async def fail_fsync(monkeypatch: pytest.MonkeyPatch) -> asyncio.Event:
         loop.call_soon_threadsafe(failed.set)
         raise OSError(errno.EIO, "the disk says no")
 
-    monkeypatch.setattr(sink_module, "sync_descriptor", refuse)
+    monkeypatch.setattr(append_module, "sync_descriptor", refuse)
     return failed
 
 

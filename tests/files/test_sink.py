@@ -21,9 +21,10 @@ from typing import Any
 import pytest
 
 from offload.errors import BrokenResourceError, ClosedResourceError
-from offload.files import sink as sink_module
+from offload.files import append as append_module
+from offload.files.append import AppendFile, whole_pieces
 from offload.files.intake import DONE, Intake
-from offload.files.sink import AppendFile, FileSink, whole_pieces
+from offload.files.sink import FileSink
 from offload.loops import LoopThread
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="named pipes of a set size, /dev/full, strace")
@@ -438,7 +439,7 @@ async def test_a_failed_fsync_is_final(tmp_path: Path, monkeypatch: pytest.Monke
     def refuse(fd: int) -> None:
         raise OSError(errno.EIO, "the disk says no")
 
-    monkeypatch.setattr(sink_module, "sync_descriptor", refuse)
+    monkeypatch.setattr(append_module, "sync_descriptor", refuse)
     sink = await FileSink(tmp_path / "out").start()
     _ = sink.write(b"x")
     await sink.flush()

@@ -18,7 +18,7 @@ import pytest
 
 import offload
 from offload import BrokenResourceError, ClosedResourceError, FileSink, LoopThread, QueueFullError
-from offload.files import sink as sink_module
+from offload.files import append as append_module
 
 
 class Syncs:
@@ -42,7 +42,7 @@ class Syncs:
 @pytest.fixture(name="syncs")
 def watch_syncs(monkeypatch: pytest.MonkeyPatch) -> Syncs:
     syncs = Syncs()
-    monkeypatch.setattr(sink_module, "sync_descriptor", syncs)
+    monkeypatch.setattr(append_module, "sync_descriptor", syncs)
     return syncs
 
 
@@ -335,13 +335,14 @@ def dying(*names):
 async def main():
     global sink
     sink = await FileSink(path, replace=True).start()
+    if how == "disk":
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
     _ = sink.write(b"new " * 1000)
     if how == "killed":
         os.replace = dying
         await sink.aclose()
     elif how == "disk":
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
         try:
             await sink.aclose()
         except BrokenResourceError as exc:

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from offload import LogHandler, LoopThread, QueueFullError, Rotation
-from offload.files.sink import AppendFile
+from offload.files.append import AppendFile
 
 
 @pytest.fixture(name="logger")
@@ -47,7 +47,8 @@ def standing(handler: LogHandler) -> Iterator[None]:
 
 
 def run_python(code: str, *arguments: object, expect: int = 0) -> str:
-    command = [sys.executable, "-c", code, *map(str, arguments)]
+    # From 3.12 on Python warns of every fork beside threads: the fork is what one of these tests is about.
+    command = [sys.executable, "-W", "ignore:This process:DeprecationWarning", "-c", code, *map(str, arguments)]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=30)
     assert done.returncode == expect, done.stdout
     return done.stdout

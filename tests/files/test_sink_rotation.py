@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from offload import BrokenResourceError, FileSink, Rotation
-from offload.files import sink as sink_module
+from offload.files import append as append_module
 
 
 def parts(path: Path) -> list[Path]:
@@ -102,7 +102,7 @@ async def test_a_commit_covers_what_was_rotated_away(tmp_path: Path, monkeypatch
         status = os.fstat(fd)
         synced[status.st_ino] = status.st_size
 
-    monkeypatch.setattr(sink_module, "sync_descriptor", sync)
+    monkeypatch.setattr(append_module, "sync_descriptor", sync)
     path = tmp_path / "log"
     async with FileSink(path, rotate=Rotation(max_bytes=10)) as sink:
         for _ in range(4):

@@ -27,7 +27,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from offload.errors import BrokenResourceError, ClosedResourceError
 from offload.loops import Call, CallState, LoopThread
-from offload.loops.call import _FIRST_LOOK, Bell, Port, port_here
+from offload.loops.port import _FIRST_LOOK, Bell, Port, port_here
 
 request_id: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="none")
 LoopFactory = Callable[[], asyncio.AbstractEventLoop]
@@ -890,6 +890,21 @@ async def test_stop_iteration_of_a_coroutine_is_a_runtime_error_too(thread: Loop
     with pytest.raises(RuntimeError, match="StopIteration") as caught:
         await make(thread, "run", next, iter(()))
     assert type(caught.value.__cause__) is StopIteration
+
+
+async def test_coroutine_function_given_to_call_is_an_error_that_says_run(thread: LoopThread) -> None:
+    """A coroutine that nobody would await is not handed over as a result."""
+
+    async def fetch() -> None: ...
+
+    with pytest.raises(TypeError, match=r"fetch is a coroutine function; use `run` for it$"):
+        _ = await thread.call(fetch)
+
+
+async def test_plain_function_given_to_run_is_an_error_that_says_call(thread: LoopThread) -> None:
+    """The error names what came instead of a coroutine."""
+    with pytest.raises(TypeError, match=r"^len returned 1, expected a coroutine; use `call` for plain functions$"):
+        await thread.run(len, "x")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize("kind", ["call", "run", "submit"])

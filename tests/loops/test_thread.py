@@ -924,6 +924,11 @@ def test_thread_that_blocks_at_exit_does_not_keep_others_from_draining() -> None
     assert code == 0
 
 
+def test_idle_thread_without_patience_ends_in_silence() -> None:
+    """With nothing to wait for, an exit timeout of zero is no reason to complain."""
+    assert run_program("LoopThread('idle', exit_timeout=0).__enter__().submit(int).result()") == (0, "", "")
+
+
 def test_on_close_that_raises_at_exit_is_reported() -> None:
     """An error of on_close that has nobody left to go to is logged with its traceback."""
     code, _, err = run_program("""

@@ -17,7 +17,7 @@ from dataclasses import replace
 from typing import Any
 
 from offload import cli
-from offload.files import packet_file, sink
+from offload.files import append, packet_file
 from offload.files.packet_file import PacketFile, Piece
 from offload.files.tail import Resume, Step
 from offload.merge import engine
@@ -82,7 +82,7 @@ def use_sidecar() -> None:
 def leave_torn_tails() -> None:
     """Let opening a packet file keep what stands behind its last whole frame."""
 
-    class Uncut(sink.AppendFile):
+    class Uncut(append.AppendFile):
         def cut(self, end: int) -> None:
             """The promise that is broken."""
 

@@ -13,7 +13,8 @@ import pytest
 from offload.packets import Flag, Frame, FrameType, Ledger, PacketDecoder, encode, recover
 from offload.packets.codec import CommitInfo, Damage, SourceInfo
 from offload.packets.format import EntryFlag
-from offload.packets.recover import Hole, digest, generations
+from offload.packets.ledger import digest
+from offload.packets.recover import Hole, generations
 
 WRITER = Path(__file__).with_name("golden.py")
 DATA = Path(__file__).parent.parent / "data" / "packets"

@@ -43,10 +43,12 @@ from offload.packets.format import (
     Compression,
     EntryFlag,
 )
-from offload.packets.recover import Hole, SourceState, digest, generations
+from offload.packets.ledger import SourceState, digest
+from offload.packets.recover import Hole, generations
 
 # By import_module, as the name `recover` in the package is the function.
 recover_module = importlib.import_module("offload.packets.recover")
+ledger_module = importlib.import_module("offload.packets.ledger")
 
 
 class Draft:
@@ -328,7 +330,7 @@ def test_recovery_from_a_real_file(tmp_path: Path) -> None:
 def test_recovery_walks_back_to_the_last_full_commit(monkeypatch: pytest.MonkeyPatch) -> None:
     """Sources that did not change for long are found in the last COMMIT that lists all, and it is one at least every
     FULL_COMMIT_BYTES."""
-    monkeypatch.setattr(recover_module, "FULL_COMMIT_BYTES", 1500)
+    monkeypatch.setattr(ledger_module, "FULL_COMMIT_BYTES", 1500)
     d = Draft()
     quiet = d.source(b"quiet.log")
     d.lines(quiet, b"said once\n")
@@ -1206,7 +1208,7 @@ def test_each_fault_is_told_in_one_sentence(sentence: str, prepare: Prepare, mak
 def test_every_sentence_has_a_case() -> None:
     """The list of cases reaches each `yield` of the ledger, and of the function that judges entries."""
     yields: set[int] = set()
-    for part in (Ledger, recover_module._entry_faults):
+    for part in (Ledger, ledger_module._entry_faults):
         lines, start = inspect.getsourcelines(part)
         tree = ast.parse(textwrap.dedent("".join(lines)))
         yields |= {start + node.lineno - 1 for node in ast.walk(tree) if isinstance(node, ast.Yield)}
