@@ -82,7 +82,7 @@ def test_rooms_are_one_storey() -> None:
 @pytest.mark.parametrize(
     ("word", "where"),
     [
-        # The detector has a watchdog and a reporter, and its live view a thread to draw on; `offload.run` is `asyncio.run`
+        # The detector has a watchdog and a reporter, its live view a thread to draw on; `offload.run` is `asyncio.run`
         # under a detector; a loop without a selector is sent a beat.
         ("threading.Thread", {"loops/thread.py", "debug/watchdog.py", "cli_live.py"}),
         ("asyncio.Runner", {"loops/thread.py", "debug/slow.py"}),

@@ -279,9 +279,14 @@ def program(frame: FrameType | None) -> FrameType | None:
     return frame
 
 
-def traced(frame: FrameType | None) -> bool:
-    """Whether a debugger traces one of the innermost 50 frames, because it steps there or has a breakpoint."""
-    for _ in range(50):
+def traced(frame: FrameType | None, most: int = 50) -> bool:
+    """Whether a debugger traces one of the innermost frames, because it steps there or has a breakpoint.
+
+    Args:
+        most: how many are looked at. Those outside of the loop should not be: a debugger that went on leaves its mark
+            on the outermost frame for ever.
+    """
+    for _ in range(most):
         if frame is None:
             return False
         tracer = frame.f_trace

@@ -193,7 +193,7 @@ class Watched:
         edge = self.edge
         variables = self._settings.variables
         seen = look(frame, now, edge.loop, base=edge.base, jobs=self.jobs, variables=variables)
-        seen.traced = traced(frame)
+        seen.traced = traced(frame, len(seen.stack))
         ident = edge.thread_id or 0
         seen.allowed = self._settings.allowed(seen.stack) or is_inside(ident, running_task(edge.loop))
         seen.others = lines(frames, {ident, own})

@@ -673,7 +673,7 @@ WAYS_TO_BLOCK = {
         await asyncio.Event().wait()
     """,
 }
-BOTH_LOOPS = ("in a block", "left open", "in a task group")
+BOTH_LOOPS = ("in a block", "left open", "in a task group", "in a task beside")
 
 
 def main_that_blocks(way: str, before: str = "") -> str:
@@ -743,10 +743,10 @@ def test_ctrl_c_with_a_blocked_file_on_a_shared_thread_is_a_keyboard_interrupt(a
         "left open",
     ],
 )
-def test_second_ctrl_c_does_not_make_it_wait_longer(asyncio_program: Program, way: str) -> None:
+def test_second_ctrl_c_does_not_make_it_wait_longer(program: Program, way: str) -> None:
     """Who presses Ctrl-C again waits no longer than exit_timeout either, and need not press a third time."""
     before = "        watching = asyncio.create_task(watch(asyncio.current_task()))"
-    process = asyncio_program.start(
+    process = program.start(
         textwrap.dedent("""
             async def watch(task):
                 while not task.cancelling():
@@ -756,13 +756,13 @@ def test_second_ctrl_c_does_not_make_it_wait_longer(asyncio_program: Program, wa
         + main_that_blocks(way, before)
     )
     for _ in range(2):
-        asyncio_program.wait_ready()
+        program.wait_ready()
         process.send_signal(signal.SIGINT)
-    code, out, err = asyncio_program.end()
+    code, out, err = program.end()
     assert (code, out) == (-signal.SIGINT, "")
     assert "KeyboardInterrupt" in err
     assert "in block\n" in err
-    assert on_disk(asyncio_program.folder) == all_of_it()
+    assert on_disk(program.folder) == all_of_it()
 
 
 def test_ctrl_c_while_the_program_drains_ends_it(asyncio_program: Program) -> None:
