@@ -101,6 +101,7 @@ async def test_a_block_without_any_await_is_found() -> None:
     with offload.watch(log=False) as detector:
         block()
     (stall,) = long(detector)
+    assert not stall.ongoing
     assert stall.frame is not None
     assert stall.frame.function == "block"
 
@@ -218,7 +219,30 @@ async def test_a_loop_that_is_stopped_in_a_run_that_began_before() -> None:
         await asyncio.sleep(BLOCK)
     thread.join()
     loop.close()
-    assert [stall for stall in long(detector) if stall.loop == "other"] == []
+    assert [s for s in detector.report().stalls if s.loop == "other" and s.duration >= 0.9 * BLOCK] == []
+
+
+def test_a_callback_that_blocks_and_stops_its_loop() -> None:
+    """The last turn of a run ends with the run."""
+
+    def last() -> None:
+        block()
+        loop.stop()
+
+    loop = asyncio.new_event_loop()
+    try:
+        with offload.watch(log=False) as detector:
+            detector.watch_loop(loop)
+            loop.call_soon(last)
+            loop.run_forever()
+            block()
+    finally:
+        loop.close()
+    (stall,) = long(detector)
+    assert not stall.ongoing
+    assert stall.callback is not None
+    assert stall.callback.endswith("last")
+    assert stall.duration < 1.9 * BLOCK
 
 
 @pytest.mark.slow

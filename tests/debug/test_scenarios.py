@@ -644,6 +644,8 @@ async def test_a_stall_under_a_frozen_clock_is_unmeasured() -> None:
     async with offload.watch(log=False) as detector:
         with frozen_clocks():
             sleep(BLOCK)
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
         await asyncio.sleep(0.03)
     (stall,) = [s for s in detector.report().stalls if s.duration >= BLOCK]
     assert stall.verdict is Verdict.UNMEASURED
