@@ -673,7 +673,7 @@ WAYS_TO_BLOCK = {
         await asyncio.Event().wait()
     """,
 }
-BOTH_LOOPS = ("in a block", "left open", "in a task group")
+BOTH_LOOPS = ("in a block", "left open", "in a task group", "in a task beside")
 
 
 def main_that_blocks(way: str, before: str = "") -> str:
@@ -692,6 +692,45 @@ def check_that_ctrl_c_ends(program: Program, way: str) -> None:
     assert "'stuck' still works 0.5 s after" in err
     assert "in block\n    threading.Event().wait()  # for ever" in err
     assert on_disk(program.folder) == all_of_it()
+
+
+def test_ctrl_c_waits_once_for_a_blocked_resource_that_is_left_open(asyncio_program: Program) -> None:
+    """What the caller has waited since Ctrl-C, the end of the program does not wait again."""
+    process = asyncio_program.start("""
+        async def main():
+            stuck = await offload.LoopThread("stuck", exit_timeout=DEADLINE).start()
+            asyncio.get_running_loop().call_later(0.1, os.kill, os.getpid(), signal.SIGINT)
+            await stuck.call(block)
+        import offload.loops.mailbox
+        DEADLINE = 1.0
+        real = offload.loops.mailbox.Mailbox.left_of_patience
+        def left(mailbox):
+            print("left", real(mailbox), flush=True)
+            return real(mailbox)
+        offload.loops.mailbox.Mailbox.left_of_patience = left
+        run(main())
+    """)
+    del process
+    asyncio_program.wait_ready()
+    code, out, err = asyncio_program.end()
+    assert (code, out) == (-signal.SIGINT, "left 0.0\n")
+    assert "'stuck' still works 1.0 s after Ctrl-C" in err
+
+
+def test_sys_exit_in_a_task_with_a_blocked_resource_ends(asyncio_program: Program) -> None:
+    """`sys.exit` in a callback ends the program as at its end, though a block waits for a call that never ends."""
+    asyncio_program.start("""
+        async def main():
+            async with offload.LoopThread("stuck", exit_timeout=0.5) as stuck:
+                call = stuck.call(block)
+                asyncio.get_running_loop().call_later(0.1, sys.exit, 3)
+                await asyncio.Event().wait()
+        run(main())
+    """)
+    asyncio_program.wait_ready()
+    code, out, err = asyncio_program.end()
+    assert (code, out) == (3, "")
+    assert "'stuck' still works 0.5 s after" in err
 
 
 @pytest.mark.parametrize("way", BOTH_LOOPS)
@@ -743,10 +782,10 @@ def test_ctrl_c_with_a_blocked_file_on_a_shared_thread_is_a_keyboard_interrupt(a
         "left open",
     ],
 )
-def test_second_ctrl_c_does_not_make_it_wait_longer(asyncio_program: Program, way: str) -> None:
+def test_second_ctrl_c_does_not_make_it_wait_longer(program: Program, way: str) -> None:
     """Who presses Ctrl-C again waits no longer than exit_timeout either, and need not press a third time."""
     before = "        watching = asyncio.create_task(watch(asyncio.current_task()))"
-    process = asyncio_program.start(
+    process = program.start(
         textwrap.dedent("""
             async def watch(task):
                 while not task.cancelling():
@@ -756,13 +795,13 @@ def test_second_ctrl_c_does_not_make_it_wait_longer(asyncio_program: Program, wa
         + main_that_blocks(way, before)
     )
     for _ in range(2):
-        asyncio_program.wait_ready()
+        program.wait_ready()
         process.send_signal(signal.SIGINT)
-    code, out, err = asyncio_program.end()
+    code, out, err = program.end()
     assert (code, out) == (-signal.SIGINT, "")
     assert "KeyboardInterrupt" in err
     assert "in block\n" in err
-    assert on_disk(asyncio_program.folder) == all_of_it()
+    assert on_disk(program.folder) == all_of_it()
 
 
 def test_ctrl_c_while_the_program_drains_ends_it(asyncio_program: Program) -> None:

@@ -713,7 +713,8 @@ class World:
                 assert state_of(op.future) in ({ABANDONED, FINISHED} if op.let_go else allowed)
         stats = self.target.stats()
         assert stats.submitted == self.submitted()
-        if not any(op.dropped for op in self.ops):  # those stand in the queue until their turn
+        # Dropped ones stand in the queue until their turn, and that of a refused orphan cannot be waited for.
+        if not any(op.dropped or (op.orphan and op.refused) for op in self.ops):
             assert stats.queued == sum(op.state is QUEUED for op in self.ops)
         if model.busy is not None:
             assert stats.running is not None
@@ -1038,18 +1039,20 @@ class World:
         assert stats.submitted == self.submitted()
         assert (stats.queued, stats.running) == (0, None)
         dropped = sum(op.dropped for op in self.ops)
-        failed = sum(op.refused or op.error is not None or op.how == "left" for op in calls)
+        failed = sum(op.error is not None or op.how == "left" for op in calls)  # they raised
+        never = sum(not op.entered.is_set() and not op.dropped for op in calls)  # refused, or lost with the loop
+        abandoned = sum(op.let_go or op.orphan for op in self.ops)
         if not self.broken:
             assert dropped <= stats.dropped <= dropped + self.unsure_drops
-            assert stats.failed == failed
-            assert 0 <= stats.abandoned - sum(op.let_go or op.orphan for op in self.ops) <= self.unsure_ends
+            assert stats.failed == failed + never
+            assert 0 <= stats.abandoned - abandoned <= self.unsure_ends
             model = self.model()
             assert [event for event in self.trace if event != ("make", 0)] == model.events + self.last_close(model.life)
         else:
-            lost = sum(not op.entered.is_set() and not op.dropped and not op.refused for op in calls)
-            # A span may have been lost too, and a coroutine may go on to its end when its call has failed.
+            # A span may have been lost too, a coroutine goes on to its end when its call has failed, and one that was
+            # abandoned is not counted again.
             unsure = sum(op.kind == "span" or (op.kind == "run" and op.error is None) for op in self.ops)
-            assert 0 <= stats.dropped + stats.failed - dropped - failed - lost <= unsure
+            assert -abandoned <= stats.dropped + stats.failed - dropped - failed - never <= unsure
             assert all(thing.closed for thing in self.things), "the object was not closed"
             assert isinstance(self.base, Resource) or self.trace.count(("close", 0)) == 1
 
