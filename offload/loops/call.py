@@ -433,15 +433,15 @@ def arrival(future: ThreadFuture[R]) -> asyncio.Future[R]:
 
 
 def interrupted_by_user() -> bool:
-    """Whether Ctrl-C was pressed and the program is on its way out; where it matters, in a `finally` or `__exit__`."""
+    """Whether the program is on its way out by Ctrl-C or `sys.exit`; where it matters, in a `finally` or `__exit__`."""
     # asyncio.Runner handles SIGINT by a bound method of itself, and counts; there is no public way to ask.
     handler = getattr(signals.getsignal(signals.SIGINT), "func", None)
     if getattr(getattr(handler, "__self__", None), "_interrupt_count", 0):
         return True
     # That handler is gone when the tasks beside the main one are cancelled, and was never there in plain programs. Then
-    # the interrupt is what is being handled, or what the cancellation came in the midst of.
+    # the interrupt, or `sys.exit` in a task, is what is being handled, or what the cancellation came in the midst of.
     error = sys.exc_info()[1]
-    while error is not None and not isinstance(error, KeyboardInterrupt):
+    while error is not None and not isinstance(error, KeyboardInterrupt | SystemExit):
         error = error.__context__
     return error is not None
 

@@ -163,7 +163,7 @@ class Mailbox:
         self._outer = self._queue  # everybody's
         self._span: Span | None = None
         self._dead = 0  # dropped calls that still stand in the queue
-        self._deadline: float | None = None  # of those who wait after Ctrl-C
+        self._deadline: float | None = None  # by perf_counter, of those who wait after Ctrl-C
         self._failed = False
         self._turns: dict[Entry, asyncio.Future[None]] = {}  # tasks that wait for their token's turn
         self._tasks: dict[Entry, None] = {}  # coroutine calls that have started, oldest first
@@ -192,6 +192,12 @@ class Mailbox:
             return None
         if self._deadline is None:
             self._deadline = perf_counter() + self.exit_timeout
+        return max(0.0, self._deadline - perf_counter())
+
+    def left_of_patience(self) -> float | None:
+        """Seconds that are left of the patience after Ctrl-C, if what kept its callers waiting then still runs."""
+        if self._deadline is None or self.running is None or self.running_since > self._deadline:
+            return None
         return max(0.0, self._deadline - perf_counter())
 
     def stack(self) -> list[str]:

@@ -113,7 +113,8 @@ class LoopThread(Calls, Executor):
         """
         self._launch()
         try:
-            await outlast(arrival(self._ready))
+            if not await outlast(arrival(self._ready), patience=self._mailbox.patience):
+                raise TimeoutError(f"the loop of {self.name!r} was not made in time")
         except BaseException:
             await self.aclose()  # an `async with` that is not entered is not left either
             raise
@@ -343,7 +344,11 @@ def _drain_at_exit() -> None:
     begun = time.monotonic()
     for thread in threads:
         timeout = 0.0 if thread._left else thread._mailbox.exit_timeout
+        left = thread._mailbox.left_of_patience()  # of the patience with the call that runs since Ctrl-C
+        interrupted = thread._left or left is not None
         timeout = max(0.0, begun + timeout - time.monotonic())
+        if left is not None:
+            timeout = min(timeout, left)
         idle = thread._mailbox.busy is None and not len(thread._mailbox) and not thread._closes
         if not thread._wait(max(timeout, _TO_END) if idle else timeout):
             busy = thread._mailbox.busy
@@ -351,7 +356,7 @@ def _drain_at_exit() -> None:
                 "%r still works %.1f s after %s; it is left, and what is queued behind is lost: %d calls behind %s\n%s",
                 thread.name,
                 thread._mailbox.exit_timeout,
-                "Ctrl-C" if thread._left else "the program's end",
+                "Ctrl-C" if interrupted else "the program's end",
                 len(thread._mailbox),
                 busy.label() if busy else "on_close",
                 "".join(thread._mailbox.stack()),

@@ -694,6 +694,45 @@ def check_that_ctrl_c_ends(program: Program, way: str) -> None:
     assert on_disk(program.folder) == all_of_it()
 
 
+def test_ctrl_c_waits_once_for_a_blocked_resource_that_is_left_open(asyncio_program: Program) -> None:
+    """What the caller has waited since Ctrl-C, the end of the program does not wait again."""
+    process = asyncio_program.start("""
+        async def main():
+            stuck = await offload.LoopThread("stuck", exit_timeout=DEADLINE).start()
+            asyncio.get_running_loop().call_later(0.1, os.kill, os.getpid(), signal.SIGINT)
+            await stuck.call(block)
+        import offload.loops.mailbox
+        DEADLINE = 1.0
+        real = offload.loops.mailbox.Mailbox.left_of_patience
+        def left(mailbox):
+            print("left", real(mailbox), flush=True)
+            return real(mailbox)
+        offload.loops.mailbox.Mailbox.left_of_patience = left
+        run(main())
+    """)
+    del process
+    asyncio_program.wait_ready()
+    code, out, err = asyncio_program.end()
+    assert (code, out) == (-signal.SIGINT, "left 0.0\n")
+    assert "'stuck' still works 1.0 s after Ctrl-C" in err
+
+
+def test_sys_exit_in_a_task_with_a_blocked_resource_ends(asyncio_program: Program) -> None:
+    """`sys.exit` in a callback ends the program as at its end, though a block waits for a call that never ends."""
+    asyncio_program.start("""
+        async def main():
+            async with offload.LoopThread("stuck", exit_timeout=0.5) as stuck:
+                call = stuck.call(block)
+                asyncio.get_running_loop().call_later(0.1, sys.exit, 3)
+                await asyncio.Event().wait()
+        run(main())
+    """)
+    asyncio_program.wait_ready()
+    code, out, err = asyncio_program.end()
+    assert (code, out) == (3, "")
+    assert "'stuck' still works 0.5 s after" in err
+
+
 @pytest.mark.parametrize("way", BOTH_LOOPS)
 def test_ctrl_c_with_a_blocked_resource_ends_and_says_what_blocks(program: Program, way: str) -> None:
     """One SIGINT ends the program within exit_timeout; the resource, its call and the line that blocks are named."""

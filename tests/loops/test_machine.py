@@ -1039,20 +1039,20 @@ class World:
         assert stats.submitted == self.submitted()
         assert (stats.queued, stats.running) == (0, None)
         dropped = sum(op.dropped for op in self.ops)
-        failed = sum(op.refused or op.error is not None or op.how == "left" for op in calls)
+        failed = sum(op.error is not None or op.how == "left" for op in calls)  # they raised
+        never = sum(not op.entered.is_set() and not op.dropped for op in calls)  # refused, or lost with the loop
         abandoned = sum(op.let_go or op.orphan for op in self.ops)
         if not self.broken:
             assert dropped <= stats.dropped <= dropped + self.unsure_drops
-            assert stats.failed == failed
+            assert stats.failed == failed + never
             assert 0 <= stats.abandoned - abandoned <= self.unsure_ends
             model = self.model()
             assert [event for event in self.trace if event != ("make", 0)] == model.events + self.last_close(model.life)
         else:
-            lost = sum(not op.entered.is_set() and not op.dropped and not op.refused for op in calls)
             # A span may have been lost too, a coroutine goes on to its end when its call has failed, and one that was
             # abandoned is not counted again.
             unsure = sum(op.kind == "span" or (op.kind == "run" and op.error is None) for op in self.ops)
-            assert -abandoned <= stats.dropped + stats.failed - dropped - failed - lost <= unsure
+            assert -abandoned <= stats.dropped + stats.failed - dropped - failed - never <= unsure
             assert all(thing.closed for thing in self.things), "the object was not closed"
             assert isinstance(self.base, Resource) or self.trace.count(("close", 0)) == 1
 
