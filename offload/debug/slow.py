@@ -29,6 +29,7 @@ import contextvars
 import os
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Coroutine, Sequence
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -100,6 +101,7 @@ class SlowCallbackDetector:
         self._home: int | None = None  # thread whose later loops are watched
         self._ledger = Ledger(threshold)
         self._watched: dict[int, Watched] = {}
+        self._past: weakref.WeakSet[asyncio.AbstractEventLoop] = weakref.WeakSet()  # of resources that are closed
         self._watchdog: Watchdog | None = None
 
     def __repr__(self) -> str:
@@ -234,9 +236,10 @@ class SlowCallbackDetector:
         if watched is not None and watched.resource is resource:
             watched.edge.unhook()
             watched.over = True
+            self._past.add(resource.loop)  # asyncio runs it once more, to close it
 
     def _loop_starts(self, loop: asyncio.AbstractEventLoop) -> None:
-        if self._running and (self._every_loop or threading.get_ident() == self._home):
+        if self._running and loop not in self._past and (self._every_loop or threading.get_ident() == self._home):
             self._add(loop)
 
     # --- ours -----------------------------------------------------------------------------------------------------

@@ -507,3 +507,10 @@ def test_the_collector_is_held_off_while_frames_are_read(monkeypatch: pytest.Mon
     finally:
         gc.enable()
     assert seen == [False, False]
+
+
+def test_closed_resource_is_one_loop_of_the_report() -> None:
+    """asyncio runs a resource's loop once more to close it, which does not make a second one of it."""
+    with offload.SlowCallbackDetector(every_loop=True, log=False) as detector, offload.LoopThread("db") as thread:
+        thread.submit(int).result()
+    assert [loop.name for loop in detector.report().loops].count("db") == 1
