@@ -361,14 +361,14 @@ class Submission(Generic[R]):
 class Post:
     """An entry whose outcome nobody waits for."""
 
-    __slots__ = ("_function", "since", "state")
+    __slots__ = ("_function", "since", "span", "state")
 
     coroutine = False
     port = None
-    span = None
 
-    def __init__(self, function: Callable[[], object]) -> None:
+    def __init__(self, function: Callable[[], object], span: Span | None = None) -> None:
         self._function = function
+        self.span = span
         self.since = perf_counter()
         self.state = QUEUED
 

@@ -286,7 +286,12 @@ class Mailbox:
                 raise DeadlockError(
                     "called from inside an exclusive span, for which this call would wait; use the span's own handle"
                 )
-            if nowait and (waiting := len(queue) - self._dead) >= self.max_calls:
+            # Dropped calls keep their place in the queue: counted only if it is long enough to matter.
+            if (
+                nowait
+                and len(queue) >= self.max_calls
+                and (waiting := sum(e.state is QUEUED for e in queue)) >= self.max_calls
+            ):
                 raise QueueFullError(f"{waiting} calls are queued, the bound is {self.max_calls}; wait, or call later")
             self.submitted += 1
             if not inline:  # a coroutine that waits for another would wait for a span that waits for it
