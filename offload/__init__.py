@@ -10,6 +10,10 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from .debug.slow import SlowCallbackDetector as SlowCallbackDetector
+    from .debug.slow import may_block as may_block
+    from .debug.slow import run as run
+    from .debug.slow import watch as watch
     from .errors import BrokenResourceError as BrokenResourceError
     from .errors import BusyResourceError as BusyResourceError
     from .errors import ClosedResourceError as ClosedResourceError
@@ -49,6 +53,11 @@ _WHERE = {
     "Service": "loops.service",
     "method": "loops.service",
     "Stats": "loops.calls",
+    # debug
+    "SlowCallbackDetector": "debug.slow",
+    "may_block": "debug.slow",
+    "run": "debug.slow",
+    "watch": "debug.slow",
     # files
     "FileSink": "files.sink",
     "LogHandler": "files.logs",
@@ -96,11 +105,15 @@ __all__ = [
     "Rotation",
     "Service",
     "SinkStats",
+    "SlowCallbackDetector",
     "Sources",
     "Stats",
     "__version__",
+    "may_block",
     "method",
     "open",
+    "run",
+    "watch",
 ]
 
 

@@ -1,6 +1,7 @@
-"""The command line: `offload merge | cat | verify | split | stat | demo`, and `serve | send` of `cli_net.py`.
+"""The command line: `offload merge | cat | verify | split | stat | demo | run | serve | send`.
 
-The only places that print. Results go to stdout, everything else to stderr; a status line only if that is a terminal.
+The only place that prints, with `cli_run` and `cli_live` for `offload run`, and `cli_net` for `serve` and `send`. Results
+go to stdout, everything else to stderr; a status line only if that is a terminal.
 What a command needs is imported when it runs, so that `offload --version` starts as fast as Python lets it.
 """
 
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from . import __version__, cli_net
+from . import __version__, cli_net, cli_run
 from .errors import BrokenResourceError, BusyResourceError, OffloadError, PacketError
 
 if TYPE_CHECKING:
@@ -67,7 +68,9 @@ class Failure(Exception):
 
 
 def main() -> NoReturn:
-    """The `offload` command; ends the process with one of EXIT_CODES."""
+    """The `offload` command; ends the process with one of EXIT_CODES, or as the program of `offload run` does."""
+    stdout, stderr = sys.stdout, sys.stderr
+    errors = getattr(stdout, "errors", None)
     if sys.stdout is None:  # started with it closed
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
     if sys.stderr is None:
@@ -90,6 +93,12 @@ def main() -> NoReturn:
         code = NOT_ALL
     except Exception as exc:
         code = _explain(exc)
+    if isinstance(code, cli_run.Program):
+        with contextlib.suppress(AttributeError):
+            stdout.reconfigure(errors=errors)  # type: ignore[union-attr]
+        sys.stdout, sys.stderr = stdout, stderr
+        code()  # outside of the `try`: what the program raises is its own
+        code = OK
     sys.exit(code or OK)
 
 
@@ -558,6 +567,7 @@ def demo(
         raise Failure(_sentence(exc), NO_OUTPUT) from exc
 
 
+app.command(epilog=cli_run.EXIT_CODES, context_settings=cli_run.SETTINGS)(cli_run.run)
 cli_net.register(app, EXIT_CODES)
 
 

@@ -4,8 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 
 import pytest
+
+
+def pytest_configure() -> None:
+    """Programs that tests start inherit an ignored SIGINT: from pytest-xdist's workers, from jobs in the background."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def find_peer(name: str) -> str | None:

@@ -147,7 +147,7 @@ class _Keeper(_Hop):
         if self._own is None:
             # Cancelled while it waits its turn, it would be dropped, and the file left to the garbage collector.
             leaving = super().run_in_executor(self.executor, functools.partial(_leave, self._raw))
-            await outlast(leaving, patience=_patience)
+            await outlast(leaving, patience=self._patience)
             return
         closed_before = self._closing
         await self._end_thread(_leave)
@@ -155,6 +155,11 @@ class _Keeper(_Hop):
             # Closing has left the file on disk if it is one with delete_on_close=False; leaving deletes it.
             async with LoopThread(self.name, on_close=functools.partial(_leave, self._raw)):
                 pass
+
+    def _patience(self) -> float | None:
+        if isinstance(self.executor, LoopThread):
+            return self.executor._mailbox.patience()
+        return _PATIENCE if interrupted_by_user() else None
 
     async def give_up(self) -> None:
         """Nobody wants the file any more: opening it failed or was cancelled."""
@@ -205,10 +210,6 @@ def _close(raw: Any) -> None:
         raw.cleanup()
     else:
         raw.close()
-
-
-def _patience() -> float | None:
-    return _PATIENCE if interrupted_by_user() else None
 
 
 class Opening(Generic[T]):

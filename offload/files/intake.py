@@ -150,7 +150,8 @@ class Intake(Generic[T]):
 
     def finish(self, refusal: Callable[[], OffloadError]) -> None:
         """Accept nothing more and hand over what is there; on the thread."""
-        self.refuse(refusal)
+        if not isinstance(self._thread.refusal, BrokenResourceError):  # of that the next `put` hears from the thread
+            self.refuse(refusal)
         self.take_all()
 
     def refuse(self, refusal: Callable[[], OffloadError]) -> None:
@@ -188,11 +189,12 @@ class OnThread(ABC):
     Args:
         path: of the file.
         kind: what the thread is called, before the file's name.
+        exit_timeout: as for LoopThread.
     """
 
-    def __init__(self, path: str | os.PathLike[str], kind: str) -> None:
+    def __init__(self, path: str | os.PathLike[str], kind: str, exit_timeout: float = 5.0) -> None:
         self.path = Path(path)
-        self._thread = LoopThread(f"{kind} {self.path.name}", on_close=self._finish)
+        self._thread = LoopThread(f"{kind} {self.path.name}", on_close=self._finish, exit_timeout=exit_timeout)
 
     @abstractmethod
     def _open(self) -> None:
@@ -256,10 +258,13 @@ class Writing(OnThread, Generic[T]):
     Args:
         title: how errors call it.
         max_bytes: as for Intake.
+        exit_timeout: as for LoopThread.
     """
 
-    def __init__(self, path: str | os.PathLike[str], kind: str, title: str, max_bytes: int) -> None:
-        super().__init__(path, kind)
+    def __init__(
+        self, path: str | os.PathLike[str], kind: str, title: str, max_bytes: int, exit_timeout: float
+    ) -> None:
+        super().__init__(path, kind, exit_timeout)
         self._title = title
         self._opened = False
         self._error: OSError | None = None

@@ -49,6 +49,7 @@ class PacketWriter(Writing[tuple[str, bytes, bool]]):
         mend: asked on the writer's thread if the file is damaged behind its last COMMIT with valid frames behind the
             damage (a power cut can leave that): True says that all of it can be written again, so it is cut off.
             Otherwise, and without it, opening raises PacketError and leaves the file as it is.
+        exit_timeout: seconds for which the interpreter's exit, and a caller after Ctrl-C, waits for the disk.
 
     Use it as `async with`, or by `start()` and `aclose()`. What breaks it (`BrokenResourceError` from the OSError)
     reaches the next `write`, `flush` and `aclose`; the file ends at its last whole frame.
@@ -63,8 +64,9 @@ class PacketWriter(Writing[tuple[str, bytes, bool]]):
         interval: float = INTERVAL,
         written_by: str = "offload",
         mend: Callable[[Recovery], bool] | None = None,
+        exit_timeout: float = 5.0,
     ) -> None:
-        super().__init__(path, "packets", str(path), max_bytes)
+        super().__init__(path, "packets", str(path), max_bytes, exit_timeout)
         self._mend = mend
         self._fsync: Fsync = fsync
         self._written_by = written_by

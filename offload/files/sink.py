@@ -82,6 +82,7 @@ class FileSink(Writing[bytes]):
             raises, the program ends without closing it, or the disk refuses, the old file stays as it was.
         reopen_on_sighup: `reopen` at each SIGHUP, as log rotation by others expects; start it in the main thread. The
             handler that was there is called too, and is there again afterwards.
+        exit_timeout: seconds for which the interpreter's exit, and a caller after Ctrl-C, waits for the disk.
 
     Use it as `async with`, or by `start()` and `aclose()`; in programs without a loop as `with`.
     """
@@ -99,6 +100,7 @@ class FileSink(Writing[bytes]):
         rotate: Rotation | None = None,
         replace: bool = False,
         reopen_on_sighup: bool = False,
+        exit_timeout: float = 5.0,
     ) -> None:
         if overflow not in ("wait", "raise", "drop"):
             raise ValueError(f"overflow is {overflow!r}, expected 'wait', 'raise' or 'drop'")
@@ -108,7 +110,7 @@ class FileSink(Writing[bytes]):
             raise ValueError(f"interval is {interval} s, expected more than 0")
         if replace and (rotate is not None or reopen_on_sighup):
             raise ValueError("a file that replaces another cannot be rotated or opened again")
-        super().__init__(path, "sink", f"sink {path}", max_bytes)
+        super().__init__(path, "sink", f"sink {path}", max_bytes, exit_timeout)
         self._append = append
         self._overflow: Overflow = overflow
         self._encoding = encoding

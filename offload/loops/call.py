@@ -26,6 +26,7 @@ import contextvars
 import enum
 import logging
 import signal as signals
+import sys
 import traceback
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future as ThreadFuture
@@ -168,9 +169,10 @@ class Call(asyncio.Future[R]):
         self._args, self._kwargs = (), {}
 
     def settle_later(self, value: Any, error: BaseException | None, *, hold: bool = False) -> None:
-        self._value, self._error = value, error
-        assert self.port is not None, "it ends once"
-        self.port.send(self, hold=hold)
+        port = self.port
+        if port is not None:  # its caller may have gone on at this moment
+            self._value, self._error = value, error
+            port.send(self, hold=hold)
 
     def abandon(self) -> None:
         """The loop that asked is closed; from any thread."""
@@ -192,7 +194,7 @@ class Call(asyncio.Future[R]):
                 self.state = INTERRUPTED
             self._give_up(self._cancelled, error)
             return
-        if type(value) is CoroutineType:
+        if value.__class__ is CoroutineType:
             error = TypeError(f"{self.label()} is a coroutine function; use `run` for it")
             value.close()
         self._leave()
@@ -279,8 +281,8 @@ class Call(asyncio.Future[R]):
     def _cancel_task(self) -> None:
         # On the resource's loop, where a call that runs has its task since the step in which it began to run. So each
         # `cancel` reaches the coroutine once; a second time would hit its cleanup.
-        assert self._task is not None, "it runs"
-        self._task.cancel(self._message)
+        if self._task is not None:  # otherwise its loop was ended by force before it began
+            self._task.cancel(self._message)
 
 
 class CoroutineCall(Call[R]):
@@ -353,19 +355,20 @@ class Submission(Generic[R]):
                 self.future.set_exception(error)
         except InvalidStateError:
             assert self.future.cancelled(), "nobody else settles it"
+            self.future.set_running_or_notify_cancel()  # it never ran: `concurrent.futures.wait` waits to be told so
 
 
 class Post:
     """An entry whose outcome nobody waits for."""
 
-    __slots__ = ("_function", "since", "state")
+    __slots__ = ("_function", "since", "span", "state")
 
     coroutine = False
     port = None
-    span = None
 
-    def __init__(self, function: Callable[[], object]) -> None:
+    def __init__(self, function: Callable[[], object], span: Span | None = None) -> None:
         self._function = function
+        self.span = span
         self.since = perf_counter()
         self.state = QUEUED
 
@@ -390,14 +393,14 @@ def holdable(error: BaseException | None) -> BaseException | None:
     return error
 
 
-async def outlast(future: asyncio.Future[R], *, patience: Callable[[], float | None] = lambda: None) -> R:
+async def outlast(future: asyncio.Future[Any], *, patience: Callable[[], float | None] = lambda: None) -> bool:
     """Wait for a future to the end even if cancelled meanwhile; then the cancellation goes on.
 
     Args:
         patience: asked at first and when cancelled: how many seconds to go on waiting; None: to the end.
 
-    Raises:
-        TimeoutError: the patience is over.
+    Returns:
+        Whether it has ended; False: the patience is over. What the future raised is raised.
     """
     cancelled: asyncio.CancelledError | None = None
     timeout = patience()
@@ -412,9 +415,9 @@ async def outlast(future: asyncio.Future[R], *, patience: Callable[[], float | N
         if future.done() and not future.cancelled():
             future.exception()  # seen: the cancellation is what the caller gets
         raise cancelled
-    if not future.done():
-        raise TimeoutError("it has not ended in time")
-    return future.result()
+    if future.done():
+        future.result()
+    return future.done()
 
 
 def signal() -> ThreadFuture[None]:
@@ -430,10 +433,17 @@ def arrival(future: ThreadFuture[R]) -> asyncio.Future[R]:
 
 
 def interrupted_by_user() -> bool:
-    """Whether Ctrl-C was pressed in a program that `asyncio.run` runs: then it cancels, and all should end."""
+    """Whether the program is on its way out by Ctrl-C or `sys.exit`; where it matters, in a `finally` or `__exit__`."""
     # asyncio.Runner handles SIGINT by a bound method of itself, and counts; there is no public way to ask.
     handler = getattr(signals.getsignal(signals.SIGINT), "func", None)
-    return bool(getattr(getattr(handler, "__self__", None), "_interrupt_count", 0))
+    if getattr(getattr(handler, "__self__", None), "_interrupt_count", 0):
+        return True
+    # That handler is gone when the tasks beside the main one are cancelled, and was never there in plain programs. Then
+    # the interrupt, or `sys.exit` in a task, is what is being handled, or what the cancellation came in the midst of.
+    error = sys.exc_info()[1]
+    while error is not None and not isinstance(error, KeyboardInterrupt | SystemExit):
+        error = error.__context__
+    return error is not None
 
 
 def _label(function: Any, args: tuple[Any, ...] = ()) -> str:

@@ -110,7 +110,7 @@ class Calls:
 
     def post(self, function: Callable[[], object]) -> None:
         """Queue a function whose outcome nobody waits for; it must not raise. Errors as for `submit`."""
-        self._mailbox.put(Post(function))
+        self._mailbox.put(Post(function, self._span), nowait=self._options.nowait)
 
     def callback(self, function: Callable[P, object], /) -> Callable[P, None]:
         """A function for a vendor's SDK to call, from any thread; each call runs `function` on the loop that runs now.

@@ -163,7 +163,7 @@ class Mailbox:
         self._outer = self._queue  # everybody's
         self._span: Span | None = None
         self._dead = 0  # dropped calls that still stand in the queue
-        self._deadline: float | None = None  # of those who wait after Ctrl-C
+        self._deadline: float | None = None  # by perf_counter, of those who wait after Ctrl-C
         self._failed = False
         self._turns: dict[Entry, asyncio.Future[None]] = {}  # tasks that wait for their token's turn
         self._tasks: dict[Entry, None] = {}  # coroutine calls that have started, oldest first
@@ -192,6 +192,12 @@ class Mailbox:
             return None
         if self._deadline is None:
             self._deadline = perf_counter() + self.exit_timeout
+        return max(0.0, self._deadline - perf_counter())
+
+    def left_of_patience(self) -> float | None:
+        """Seconds that are left of the patience after Ctrl-C, if what kept its callers waiting then still runs."""
+        if self._deadline is None or self.running is None or self.running_since > self._deadline:
+            return None
         return max(0.0, self._deadline - perf_counter())
 
     def stack(self) -> list[str]:
@@ -236,7 +242,6 @@ class Mailbox:
         with self.gate:
             self.refusal = refusal
             self.closing.set()
-            self._bell = None
             queued = [*self._queue, *(self._outer if self._outer is not self._queue else ())]
             left = [e for e in (self.running, *self._tasks, *queued) if e is not None]
             self.running = self._span = None
@@ -251,6 +256,11 @@ class Mailbox:
                 entry.state = DROPPED if entry.state is QUEUED else INTERRUPTED
                 self.failed += 1
                 entry.settle_later(None, refusal())
+
+    def hang_up(self) -> None:
+        """The loop is closed. Not before: it would answer the last ring by a descriptor that is gone."""
+        with self.gate:
+            self._bell = None
 
     def renew(self) -> None:
         """In a forked child: the gate may have been held by a thread that is not here."""
@@ -272,11 +282,16 @@ class Mailbox:
                 if entry.span is not self._span or entry.span.ending:
                     raise ClosedResourceError("the exclusive span has ended; use the handle itself, or begin another")
                 queue = self._queue
-            elif self.is_mine():
+            elif self._span is not None and self.is_mine():
                 raise DeadlockError(
                     "called from inside an exclusive span, for which this call would wait; use the span's own handle"
                 )
-            if nowait and (waiting := len(queue) - self._dead) >= self.max_calls:
+            # Dropped calls keep their place in the queue: counted only if it is long enough to matter.
+            if (
+                nowait
+                and len(queue) >= self.max_calls
+                and (waiting := sum(e.state is QUEUED for e in queue)) >= self.max_calls
+            ):
                 raise QueueFullError(f"{waiting} calls are queued, the bound is {self.max_calls}; wait, or call later")
             self.submitted += 1
             if not inline:  # a coroutine that waits for another would wait for a span that waits for it
@@ -442,14 +457,15 @@ class Mailbox:
     def _end(self, entry: Entry, value: Any, error: BaseException | None, *, hold: bool = False) -> None:
         if error is not None:
             self.failed += 1
-        with self.gate:  # against `abandon`
-            if entry.state is RUNNING:
-                entry.state = FINISHED
+        # Without the gate, which costs a twentieth of a call: against `abandon` at the same moment the state may end
+        # up as either, and the outcome finds that its caller has gone on.
+        if entry.state is RUNNING:
+            entry.state = FINISHED
         if entry.state is DROPPED:  # a Submission, by its future
             with self.gate:
                 self.dropped += 1
         elif entry.state is not ABANDONED:
-            entry.settle_later(value, holdable(error), hold=hold)
+            entry.settle_later(value, error and holdable(error), hold=hold)
 
     async def _drive(self, entry: Entry, *, inline: bool) -> None:
         """The task of a coroutine call, in its caller's context: waits for its token's turn, then runs it."""

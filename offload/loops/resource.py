@@ -103,7 +103,7 @@ class Handle(Generic[T]):
                 if not call.cancel() and not call.cancelled():
                     call.exception()  # seen: the consumer did not come so far
             with contextlib.suppress(OffloadError):  # closed or broken: the object took its sources along
-                await outlast(self._calls.plain().call(source.close))
+                await outlast(self._calls.plain().call(source.close), patience=self._calls._mailbox.patience)
 
     @contextlib.asynccontextmanager
     async def exclusive(self) -> AsyncIterator[Handle[T]]:

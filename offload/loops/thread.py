@@ -11,7 +11,7 @@ Promises:
     - Closing takes no more calls, runs those that are queued, waits for those that run, then runs `on_close` on the
       thread. A cancelled `aclose()` still waits to the end, so `async with` never leaves a thread behind.
     - A call from the thread itself runs at once; a blocking wait there raises DeadlockError.
-    - If the loop ends in another way (somebody stopped it), every call gets BrokenResourceError.
+    - If the loop ends in another way (somebody stopped it), every call gets BrokenResourceError, and `on_close` runs.
     - In a forked child every thread of the parent raises ForkedError: threads do not survive a fork.
     - At interpreter exit every thread that is still open is drained and closed as above, for at most its
       `exit_timeout`, all at the same time; then a warning names the resource, the call that blocks and where it stands.
@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import contextlib
 import logging
 import os
 import sys
@@ -40,6 +41,7 @@ from threading import get_ident
 from types import TracebackType
 from typing import ParamSpec, Self, TypeVar
 
+from ..debug.announce import Announced, announced
 from ..errors import BrokenResourceError, ClosedResourceError, DeadlockError, ForkedError, OffloadError
 from .call import arrival, holdable, outlast, signal
 from .calls import Calls
@@ -61,8 +63,9 @@ class LoopThread(Calls, Executor):
             whoever closes.
         max_calls: calls that may be queued before one that asks not to wait is refused. Others keep their place.
         exit_timeout: seconds for which the interpreter's exit, and a caller after Ctrl-C, waits for a call that runs.
-        debug: asyncio's debug mode for this loop, without its reports of slow callbacks: this loop is there to block;
-            None: as the environment says.
+        debug: True: a detector watches this loop (see `offload.watch`; one that runs does so anyway), and asyncio's
+            debug mode is on for it, without its own reports of slow callbacks: this loop is there to block. False:
+            neither, but for a detector that runs. None: asyncio's debug mode as the environment says.
 
     It is a `concurrent.futures.Executor` with one worker too: `loop.run_in_executor(thread, f)`, `thread.map(f, xs)`.
     Use it as `async with`, as `with`, or by `start()` and `aclose()`. It cannot be started again.
@@ -84,6 +87,7 @@ class LoopThread(Calls, Executor):
         self.name = name
         self._loop_factory = loop_factory
         self._on_close = on_close
+        self._closes = on_close is not None
         self._debug = debug
         self._thread = threading.Thread(target=self._main, name=name, daemon=True)
         self._launched = False
@@ -109,7 +113,8 @@ class LoopThread(Calls, Executor):
         """
         self._launch()
         try:
-            await outlast(arrival(self._ready))
+            if not await outlast(arrival(self._ready), patience=self._mailbox.patience):
+                raise TimeoutError(f"the loop of {self.name!r} was not made in time")
         except BaseException:
             await self.aclose()  # an `async with` that is not entered is not left either
             raise
@@ -130,9 +135,6 @@ class LoopThread(Calls, Executor):
         ended = arrival(self._ended)
         try:
             await outlast(ended, patience=self._mailbox.patience)
-        except TimeoutError:
-            if ended.done():  # by `on_close`
-                raise
         finally:
             if ended.done():
                 self._thread.join()  # its last act was to tell us: microseconds
@@ -140,18 +142,20 @@ class LoopThread(Calls, Executor):
                 self._left = True
 
     def close(self, timeout: float | None = None) -> None:
-        """As `aclose`, for plain threads: blocks until the thread has ended.
+        """As `aclose`, for plain threads: blocks until the thread has ended; after Ctrl-C as long as `aclose`.
 
         Raises:
             TimeoutError: it has not ended after `timeout` seconds; it goes on closing.
         """
         if not self._begin_close():
             return
-        self._thread.join(timeout)
-        if self._thread.is_alive():
+        if self._wait(self._mailbox.patience() if timeout is None else timeout):
+            self._ended.result()
+        elif timeout is None:
+            self._left = True
+        else:
             running = self.stats().running
             raise TimeoutError(f"{self.name!r} has not ended after {timeout} s; {running or 'a coroutine'} still runs")
-        self._ended.result()
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """As Executor.shutdown: take no more calls; `wait` for the end; `cancel_futures` drops what is queued."""
@@ -180,6 +184,12 @@ class LoopThread(Calls, Executor):
     def closed(self) -> bool:
         """Whether calls are refused: it was closed, or has not been started, or its loop is gone."""
         return self._mailbox.refusal is not None
+
+    @property
+    def refusal(self) -> OffloadError | None:
+        """The error that a call would raise now; None: it would be taken."""
+        refusal = self._mailbox.refusal
+        return None if refusal is None else refusal()
 
     async def __aenter__(self) -> Self:
         return await self.start()
@@ -221,6 +231,16 @@ class LoopThread(Calls, Executor):
             self._mailbox.fail(self._closed)
             raise
 
+    def _wait(self, timeout: float | None) -> bool:
+        """Block until the thread has ended; False: it has not in time."""
+        # Not by `Thread.join`: interrupted by Ctrl-C, that takes the thread for ended (before Python 3.13).
+        with contextlib.suppress(TimeoutError):
+            self._ended.exception(timeout)
+        if not self._ended.done():
+            return False
+        self._thread.join()  # its last act was to tell us: microseconds
+        return True
+
     def _begin_close(self) -> bool:
         """Close the mailbox; False: there is no thread to wait for."""
         if get_ident() == self._mailbox.thread_id:
@@ -244,9 +264,12 @@ class LoopThread(Calls, Executor):
                     cause = exc
                     # Before the runner cancels the tasks that are left: their callers hear why, not "cancelled".
                     self._mailbox.fail(lambda: self._broken(cause))
+                    if self._ready.done():
+                        failure = runner.run(self._finish())  # what is open is closed all the same
         except BaseException as exc:
             cause = cause or exc
         self._mailbox.fail(self._closed if cause is None else lambda: self._broken(cause))
+        self._mailbox.hang_up()
         if not self._ready.done():
             self._ready.set_exception(self._broken(cause))
         _live.discard(self)
@@ -264,16 +287,22 @@ class LoopThread(Calls, Executor):
         drained = asyncio.Event()
         self._mailbox.open(loop, drained.set)
         self._ready.set_result(None)
-        await drained.wait()
-        if self._on_close is not None:
+        mine = Announced(loop, self.name, self.stats, frozenset({Mailbox._run.__code__}))
+        with announced(mine, debug=bool(self._debug)):
+            await drained.wait()
+        return await self._finish()
+
+    async def _finish(self) -> BaseException | None:
+        on_close, self._on_close = self._on_close, None  # once
+        if on_close is not None:
             try:
-                self._on_close()
+                on_close()
             except BaseException as exc:
                 return holdable(exc)
         return None
 
     def _forked(self) -> bool:
-        return self._mailbox.refusal is not None and isinstance(self._mailbox.refusal(), ForkedError)
+        return isinstance(self.refusal, ForkedError)
 
     # --- why no call is taken -------------------------------------------------------------------------------------
 
@@ -293,6 +322,7 @@ class LoopThread(Calls, Executor):
         self._mailbox.thread_id = None  # if it was this thread that forked, it lives on, its loop does not
         self._mailbox.renew()
         self._mailbox.fail(lambda: ForkedError(message))
+        self._mailbox.hang_up()
         for future in (self._ready, self._ended):
             if not future.done():
                 future.set_result(None)
@@ -314,21 +344,24 @@ def _drain_at_exit() -> None:
     begun = time.monotonic()
     for thread in threads:
         timeout = 0.0 if thread._left else thread._mailbox.exit_timeout
+        left = thread._mailbox.left_of_patience()  # of the patience with the call that runs since Ctrl-C
+        interrupted = thread._left or left is not None
         timeout = max(0.0, begun + timeout - time.monotonic())
-        idle = thread._mailbox.busy is None and not len(thread._mailbox) and thread._on_close is None
-        thread._thread.join(max(timeout, _TO_END) if idle else timeout)
-        if thread._thread.is_alive():
+        if left is not None:
+            timeout = min(timeout, left)
+        idle = thread._mailbox.busy is None and not len(thread._mailbox) and not thread._closes
+        if not thread._wait(max(timeout, _TO_END) if idle else timeout):
             busy = thread._mailbox.busy
             log.critical(
                 "%r still works %.1f s after %s; it is left, and what is queued behind is lost: %d calls behind %s\n%s",
                 thread.name,
                 thread._mailbox.exit_timeout,
-                "Ctrl-C" if thread._left else "the program's end",
+                "Ctrl-C" if interrupted else "the program's end",
                 len(thread._mailbox),
                 busy.label() if busy else "on_close",
                 "".join(thread._mailbox.stack()),
             )
-        elif thread._ended.done() and (error := thread._ended.exception()) is not None:
+        elif (error := thread._ended.exception()) is not None:
             log.critical("%r could not be closed at the program's end", thread.name, exc_info=error)
 
 

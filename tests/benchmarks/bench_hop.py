@@ -30,6 +30,7 @@ from typing import Self
 import aiofiles
 from measure import Figures, Options, Table, cpus, memory_folder, shuffled, tell
 
+import offload
 from offload import LoopThread
 
 DATA = b"x" * 99 + b"\n"
@@ -47,6 +48,12 @@ async def with_offload(path: Path) -> AsyncIterator[Write]:
     with raw_file(path) as file:
         async with LoopThread("bench") as thread:
             yield lambda data: thread.call(file.write, data)
+
+
+@asynccontextmanager
+async def with_open(path: Path) -> AsyncIterator[Write]:
+    async with offload.open(path, "wb", buffering=0) as file:
+        yield file.write
 
 
 @asynccontextmanager
@@ -111,6 +118,7 @@ def raw_file(path: Path) -> FileIO:
 
 CONTESTANTS: dict[str, Contestant] = {
     "offload": with_offload,
+    "offload.open": with_open,
     "aiofiles": with_aiofiles,
     "asyncio.to_thread": with_to_thread,
     "run_in_executor(1 thread)": with_executor,

@@ -399,7 +399,8 @@ asyncio.run(main())
 """
     command = [sys.executable, "-X", "dev", "-W", "error", "-c", program, str(tmp_path / "file")]
     result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
-    assert result.stderr == ""
+    said = [line for line in result.stderr.splitlines() if not line.startswith("Executing <")]  # a busy machine is slow
+    assert said == []
     assert (tmp_path / "file").read_text() == "kept"
 
 

@@ -120,7 +120,11 @@ def test_the_suite_of_aiofiles_passes_with_the_import_swapped(suite: Path, tmp_p
     result = subprocess.run(
         [*command, *(f"--deselect={item}" for item in sorted(deselected))],
         cwd=suite,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join((str(tmp_path), str(Path(offload.__file__).parents[1])))},
+        env={
+            **os.environ,
+            "PYTEST_ADDOPTS": "",
+            "PYTHONPATH": os.pathsep.join((str(tmp_path), str(Path(offload.__file__).parents[1]))),
+        },
         capture_output=True,
         text=True,
         check=False,

@@ -335,13 +335,14 @@ def dying(*names):
 async def main():
     global sink
     sink = await FileSink(path, replace=True).start()
+    if how == "disk":
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
     _ = sink.write(b"new " * 1000)
     if how == "killed":
         os.replace = dying
         await sink.aclose()
     elif how == "disk":
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
         try:
             await sink.aclose()
         except BrokenResourceError as exc:

@@ -321,3 +321,27 @@ async def test_plain_threads_use_a_span_that_is_theirs(thread: LoopThread) -> No
         other.start()
         await joined(other)
         assert numbers == [4]
+
+
+async def test_call_dropped_inside_makes_no_room_outside() -> None:
+    """The bound counts the calls that wait in a queue, not those that were dropped in another."""
+    gate = threading.Event()
+    async with LoopThread("full", max_calls=1) as thread, LoopThread("other") as other:
+        async with thread.exclusive() as span:
+            busy, dropped = span.call(gate.wait), span.call(int)
+            dropped.cancel()
+            first = await other.call(thread.options(nowait=True).submit, int)
+            with pytest.raises(QueueFullError, match="1 calls are queued, the bound is 1"):
+                await other.call(thread.options(nowait=True).submit, int)
+            gate.set()
+            assert await busy
+        assert await asyncio.wrap_future(first) == 0
+
+
+async def test_post_inside_runs_inside() -> None:
+    """What is posted by the span's own handle is one of its calls."""
+    ran: list[str] = []
+    async with LoopThread("posted") as thread, thread.exclusive() as span:
+        span.post(lambda: ran.append("inside"))
+        await span.call(int)
+        assert ran == ["inside"]

@@ -1,9 +1,10 @@
 """What checks under mypy --strict and pyright, and what must not; never run, see test_typing.py.
 
-A line marked `# error: <mypy's code> / <pyright's rule>` must be an error for both, any other line for none. Modules
+A line marked `# error: <mypy's codes> / <pyright's rules>` must be an error for both, any other line for none. Modules
 of the package are used as a user would: by public names only.
 """
 
+import logging
 import queue
 import sqlite3
 from collections.abc import Callable
@@ -119,6 +120,59 @@ async def services() -> None:
         await port.line("5")  # error: arg-type / reportArgumentType
         await port.read(5, exact=True)  # error: call-arg / reportCallIssue
         port.read(5).upper()  # error: attr-defined / reportAttributeAccessIssue
+
+
+async def files(path: str) -> None:
+    async with offload.FileSink(path, overflow="drop", fsync="interval", rotate=offload.Rotation(max_bytes=10)) as sink:
+        assert_type(sink, offload.FileSink)
+        assert_type(await sink.write("text"), None)
+        assert_type(await sink.write(bytearray(b"bytes")), None)
+        assert_type(sink.commit(), offload.Call[None])
+        assert_type(sink.submit_flush(fsync=True), Future[None])
+        assert_type(sink.stats().dropped, int)
+        await sink.write(5)  # error: arg-type / reportArgumentType
+        sink.commit().upper()  # error: attr-defined / reportAttributeAccessIssue
+        await sink.flush(True)  # error: misc,call-arg / reportCallIssue
+    with offload.FileSink(path) as plain:
+        assert_type(plain, offload.FileSink)
+    offload.FileSink(path, overflow="block")  # error: arg-type / reportArgumentType
+    offload.FileSink(path, fsync="often")  # error: arg-type / reportArgumentType
+    offload.FileSink(path, "w")  # error: misc,call-arg / reportCallIssue
+    async with offload.PacketWriter(path) as writer:
+        assert_type(await writer.write("line", "source"), None)
+        await writer.write(1, "source")  # error: arg-type / reportArgumentType
+    async with offload.PacketReader(path) as reader:
+        assert_type([frame.packets() async for frame in reader], list[list[bytes]])
+        for packet in reader:  # error: attr-defined / reportGeneralTypeIssues,reportAttributeAccessIssue
+            print(packet)
+    async with offload.open(path) as text:
+        assert_type(await text.read(), str)
+        assert_type([line async for line in text], list[str])
+        await text.write(b"bytes")  # error: arg-type / reportArgumentType
+    async with offload.open(path, "rb") as binary:
+        assert_type(await binary.read(), bytes)
+    opened = await offload.open(path, "w")
+    assert_type(await opened.write("text"), int)
+    await offload.open(path, 5)  # error: call-overload / reportCallIssue,reportArgumentType
+    logging.getLogger().addHandler(offload.LogHandler(path, level="INFO"))
+
+
+def errors(call: offload.Call[int]) -> None:
+    assert_type(call.state, offload.CallState)
+    try:
+        raise offload.ClosedResourceError("a closed file is a ValueError, as in io")
+    except ValueError as error:
+        closed: Exception = error
+    problems: list[offload.OffloadError] = [
+        offload.BrokenResourceError(""),
+        offload.BusyResourceError(""),
+        offload.ClosedResourceError(""),
+        offload.DeadlockError(""),
+        offload.ForkedError(""),
+        offload.QueueFullError(""),
+    ]
+    print(closed, problems)
+    call.result(1.0)  # error: call-arg / reportCallIssue
 
 
 print(offload.Misspelt)  # error: attr-defined / reportAttributeAccessIssue

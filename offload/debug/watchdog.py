@@ -1,0 +1,284 @@
+"""The two threads of a detector: the watchdog, which looks after all loops, and the reporter, which tells of them.
+
+    idle, all loops asleep     ── until a loop wakes it ──►
+    some loop turns            ── tick every half threshold ──►
+    a loop is half over        ── look at it every 5 ms, later less often ──►
+
+Order within a tick: the frames first. Whatever gives up the GIL before that lets the loop's thread go on, and a call in
+C that held the GIL is then over, and somebody else blamed. The clocks come second, the making of reports last.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import os
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from queue import Empty, SimpleQueue
+from types import FrameType
+
+from .clocks import Machine
+from .deadman import DeadMan
+from .edge import CLOCK
+from .ledger import Ledger, Logbook
+from .record import Stall
+from .stack import lines
+from .watched import Settings, Watched
+
+DROWSY = 0.2  # seconds in which no loop turned, after which the watchdog sleeps until one does
+SLEEP = 1.0  # seconds: it looks after closed loops and queues even then
+PATIENCE = 1.0  # seconds for which somebody waits for one of these threads to end
+FLUSH = 5.0  # seconds between looks for lines whose minute is over
+
+log = logging.getLogger("offload.debug")
+
+if not getattr(sys, "_is_gil_enabled", lambda: True)():
+
+    def current_frames() -> dict[int, FrameType]:
+        """Where all threads stand: cannot be read here while they run."""
+        return {}
+
+elif sys.version_info < (3, 11, 12):
+
+    def current_frames() -> dict[int, FrameType]:
+        """Where all threads stand, without the deadlock of gh-106883."""
+        if not gc.isenabled():
+            return sys._current_frames()
+        gc.disable()
+        try:
+            return sys._current_frames()
+        finally:
+            gc.enable()
+
+else:
+    current_frames = sys._current_frames
+
+
+class Watchdog:
+    """One thread for all loops of a detector."""
+
+    def __init__(
+        self,
+        watched: dict[int, Watched],
+        settings: Settings,
+        ledger: Ledger,
+        reporter: Reporter | None,
+        *,
+        deep: bool = False,
+    ) -> None:
+        self._watched = watched
+        self._settings = settings
+        self._ledger = ledger
+        self._reporter = reporter
+        self._deep = deep
+        self._tick = settings.threshold / 2
+        self._bell = threading.Lock()
+        self._bell.acquire()
+        self._rang = 0.0  # when
+        self._thread: threading.Thread | None = None
+        self._stopping = False
+        self._final = False
+        self._left: deque[Watched] = deque()  # to be buried
+        self._quiet = CLOCK()  # when a loop was last seen to turn
+
+    def begin(self) -> None:
+        """Start the thread."""
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="offload watchdog", daemon=True)
+        self._thread.start()
+
+    def wake(self) -> None:
+        """Tick now; any thread. Never blocks."""
+        if self._thread is None:  # in a forked child, on the thread of the first loop that turns
+            self.begin()
+            return
+        self._rang = CLOCK()
+        with contextlib.suppress(RuntimeError):  # it has been rung
+            self._bell.release()
+
+    def leave(self, watched: Watched) -> None:
+        """Watch this one no longer; any thread."""
+        watched.over = True
+        self._left.append(watched)
+
+    def emit(self, stall: Stall) -> None:
+        """Keep a stall, and tell of it."""
+        self._ledger.add(stall)
+        if self._reporter is not None:
+            self._reporter.put(stall)
+
+    def rest(self) -> None:
+        """End the threads, for a fork; `begin` goes on."""
+        self._end()
+        if self._reporter is not None:
+            self._reporter.end()
+
+    def stop(self) -> None:
+        """End the threads; what is known is told before."""
+        self._final = True
+        thread = self._thread
+        self._end()
+        if thread is None:
+            self._bury_all(CLOCK())
+        if self._reporter is not None:
+            self._reporter.end(last=True)
+
+    def _end(self) -> None:
+        thread, self._stopping = self._thread, True
+        if thread is not None:
+            self.wake()
+            join(thread)
+
+    # --- the thread -----------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        machine = Machine()
+        deadman = DeadMan() if self._deep else None
+        own = threading.get_ident()
+        failed = False
+        planned = CLOCK()  # the first readings are what the next ones are compared with
+        try:
+            stopping = False
+            while not stopping:
+                rang = self._bell.acquire(True, max(0.001, planned - CLOCK()))
+                stopping = self._stopping  # asked to while it ticked, it ticks once more: what just ended is told
+                frames: dict[int, FrameType] = current_frames()
+                now = CLOCK()
+                late = max(0.0, now - (self._rang if rang else planned))
+                try:
+                    planned = self._look_at_all(frames, now, late, machine, deadman, own)
+                except Exception:
+                    if not failed:  # one line for a mistake of ours, not forty a second
+                        log.exception("the watchdog failed, and goes on")
+                    failed, planned = True, CLOCK() + self._tick
+                frames = {}  # a frame that is kept keeps all that its function has in hand
+        finally:
+            if deadman is not None:
+                deadman.close()
+            if self._final:
+                self._bury_all(CLOCK())
+            machine.close()
+
+    def _look_at_all(
+        self,
+        frames: dict[int, FrameType],
+        now: float,
+        late: float,
+        machine: Machine,
+        deadman: DeadMan | None,
+        own: int,
+    ) -> float:
+        """One tick; returns when the next one is due."""
+        all_watched = list(self._watched.values())
+        for watched in all_watched:
+            watched.edge.look(frames, now)
+            watched.look(frames, now, own)
+        others = lines(frames, {own}) if late > self._tick else {}
+        moment = machine.read(
+            now, late
+        )  # which may give up the GIL, and not get it back for long: that is lateness too
+        dumps = deadman.read() if deadman is not None and late > 0.0 else {}
+        pause, active = self._tick, False
+        told = 0.0  # seconds that the reports took, which is no lateness
+        if any(watched.edge.precision != "exact" for watched in all_watched):
+            pause *= 0.8  # when a stretch began there is told by these ticks: half of one either way
+        for watched in all_watched:
+            active |= watched.read(moment)
+            if others or dumps:
+                watched.woke_late(others, now, dumps.get(watched.edge.thread_id or 0, ()))
+            began = CLOCK()
+            watched.tell(now, frames, own)
+            told += CLOCK() - began
+            if watched.next_look:
+                pause = min(pause, watched.next_look - now)
+            if watched.over or watched.edge.is_over():
+                self._bury(watched, now)
+        while self._left:
+            self._bury(self._left.popleft(), now)
+        if active:
+            self._quiet = now
+        elif now - self._quiet >= DROWSY:
+            for watched in all_watched:
+                watched.edge.set_drowsy()
+            # A loop that woke before it was asked to tell does not tell.
+            if not any(watched.edge.peek() for watched in all_watched):
+                if deadman is not None:
+                    deadman.rest()
+                return now + SLEEP
+        if deadman is not None:
+            deadman.set(pause + self._tick)
+        return now + pause + told
+
+    def _bury(self, watched: Watched, now: float) -> None:
+        for key, known in list(self._watched.items()):
+            if known is watched:
+                del self._watched[key]
+        watched.end(now)
+        watched.edge.unhook()
+
+    def _bury_all(self, now: float) -> None:
+        for watched in [*self._watched.values(), *self._left]:
+            self._bury(watched, now)
+
+
+class Reporter:
+    """One thread that runs the program's own functions; it lives while there is something to tell."""
+
+    def __init__(self, on_stall: Callable[[Stall], None] | None, *, log_lines: bool) -> None:
+        self._on_stall = on_stall
+        self._logbook = Logbook() if log_lines else None
+        self._queue: SimpleQueue[Stall | None] = SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def put(self, stall: Stall) -> None:
+        """Tell of this; on the watchdog's thread."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="offload reporter", daemon=True)
+            self._thread.start()
+        self._queue.put(stall)
+
+    def end(self, *, last: bool = False) -> None:
+        """End the thread once all is told, or leave it behind if that takes long. `last`: nothing will follow."""
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            self._queue.put(None)
+            join(thread)
+        if last and self._logbook is not None and (thread is None or not thread.is_alive()):
+            self._logbook.flush(CLOCK(), all_of_it=True)
+
+    def _run(self) -> None:
+        while True:
+            try:
+                stall = self._queue.get(timeout=FLUSH if self._logbook is not None and self._logbook.pending else None)
+            except Empty:
+                stall = None
+                if self._logbook is not None:
+                    self._logbook.flush(CLOCK())
+                continue
+            if stall is None:
+                return
+            try:
+                if self._logbook is not None:
+                    self._logbook.add(stall, CLOCK())
+                if self._on_stall is not None:
+                    self._on_stall(stall)
+            except Exception:
+                log.exception("on_stall, or a log handler, raised")
+
+
+def join(thread: threading.Thread) -> None:
+    """Wait for one of our threads to end, but not for ever, and not for itself."""
+    if thread is threading.current_thread():
+        return
+    thread.join(PATIENCE)
+    # Before 3.13 a thread is joined a moment before the system has seen its end, and a fork in that moment warns of it.
+    task = f"/proc/self/task/{thread.native_id}"
+    for _ in range(20):
+        if thread.is_alive() or not os.path.exists(task):
+            return
+        time.sleep(0.0001)
