@@ -7,9 +7,10 @@ that wait (then it is not read), the size of one, the time for one to become who
 import asyncio
 import random
 
-from offload.net.connection import Connection, connect
+from offload.net.connection import Connection
+from offload.net.dial import connect
 from offload.net.limits import Limits
-from offload.net.server import Server
+from offload.net.server import PacketServer
 from offload.packets.framing import PrefixFramer
 
 
@@ -20,7 +21,7 @@ async def echo(connection: Connection) -> None:
 
 async def main() -> None:
     limits = Limits(connections=100, connection_bytes=1 << 20, packet=10.0)
-    async with Server(echo, framing=PrefixFramer, limits=limits, max_packet=100_000) as server:
+    async with PacketServer(echo, framing=PrefixFramer, limits=limits, max_packet=100_000) as server:
         address = await server.listen("127.0.0.1:0")
         async with connect(address, PrefixFramer) as connection:
             payloads = [random.randbytes(random.randrange(2000)) for _ in range(1000)]

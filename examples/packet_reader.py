@@ -7,8 +7,9 @@ import hashlib
 from functools import partial
 
 from offload import LoopThread
-from offload.net.connection import Connection, connect
-from offload.net.server import Server
+from offload.net.connection import Connection
+from offload.net.dial import connect
+from offload.net.server import PacketServer
 from offload.packets.framing import PrefixFramer
 from offload.verify import Verifier
 
@@ -53,7 +54,7 @@ async def stall(address: str) -> str:
 async def main() -> None:
     async with await asyncio.get_running_loop().create_server(Before, "127.0.0.1", 0) as server:
         print("before:", await stall(f"127.0.0.1:{server.sockets[0].getsockname()[1]}"))
-    async with Server(after, framing=PrefixFramer, digest=digest, check_digest=False) as packets:
+    async with PacketServer(after, framing=PrefixFramer, digest=digest, check_digest=False) as packets:
         print("after:", await stall(await packets.listen("127.0.0.1:0")), f"{sum(results)} of {COUNT} right")
 
 

@@ -8,8 +8,9 @@ side, not the proxy's memory.
 
 import asyncio
 
-from offload.net.connection import Connection, connect
-from offload.net.server import Server
+from offload.net.connection import Connection
+from offload.net.dial import connect
+from offload.net.server import PacketServer
 from offload.packets.framing import LineFramer
 
 
@@ -26,7 +27,7 @@ async def pass_on(source: Connection, target: Connection) -> None:
 
 
 async def main() -> None:
-    behind = Server(shout, framing=LineFramer)
+    behind = PacketServer(shout, framing=LineFramer)
     address = await behind.listen("127.0.0.1:0")
 
     async def proxy(connection: Connection) -> None:
@@ -34,7 +35,7 @@ async def main() -> None:
             group.create_task(pass_on(connection, onward))
             group.create_task(pass_on(onward, connection))
 
-    front = Server(proxy, framing=LineFramer)
+    front = PacketServer(proxy, framing=LineFramer)
     async with behind, front, connect(await front.listen("127.0.0.1:0"), LineFramer) as connection:
         for word in (b"one", b"two", b"three"):
             await connection.send(word)

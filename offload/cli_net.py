@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .merge.engine import Progress
     from .net.fanout import Fanout, Policy
     from .net.receiver import Receiver
-    from .net.server import Server
+    from .net.server import PacketServer
 
 FIRST_PAUSE, LAST_PAUSE = 0.1, 5.0  # seconds before `send` connects again: twice as long each time
 
@@ -97,7 +97,7 @@ def serve(
     import functools
 
     from .net.limits import Limits
-    from .net.server import Server
+    from .net.server import PacketServer
     from .packets.framing import framer_factory
 
     if output is None and not subscribers:
@@ -109,7 +109,7 @@ def serve(
         make = functools.partial(framer_factory(framing), max_packet=max_packet)
         secret = _secret(secret_file)
 
-    async def run() -> tuple[Receiver | None, Server]:
+    async def run() -> tuple[Receiver | None, PacketServer]:
         from .net.auth import server_context
         from .net.fanout import Fanout
 
@@ -120,9 +120,11 @@ def serve(
             if output is not None:
                 receiver = await _receiver(stack, output, framing, fsync, fanout)
             with _usage():
-                server = Server(functools.partial(_take, receiver, fanout), framing=make, limits=limits, secret=secret)
+                server = PacketServer(
+                    functools.partial(_take, receiver, fanout), framing=make, limits=limits, secret=secret
+                )
                 # One for the others too, so that they end last.
-                others = Server(
+                others = PacketServer(
                     functools.partial(_give, fanout, policy.value),
                     framing=make,
                     limits=dataclasses.replace(limits, idle=None),
@@ -303,7 +305,7 @@ async def _give(fanout: Fanout, policy: Policy, connection: Any) -> None:
             await asyncio.wait(tasks)
 
 
-async def _listen(server: Server, address: str, tls: ssl.SSLContext | None) -> str:
+async def _listen(server: PacketServer, address: str, tls: ssl.SSLContext | None) -> str:
     with _usage():
         return await server.listen(address, tls=tls)
 

@@ -23,19 +23,23 @@ import contextlib
 import os
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Self
+from typing import Protocol, Self, TypeVar
 
 from ..errors import ClosedResourceError, OffloadError
-from ..files.packet_file import Fsync, PacketFile, Piece, open_regular
+from ..files.packet_file import Fsync, Piece, open_regular
 from ..files.packet_stream import PacketWriter
 from ..files.tail import Arena, Begin, Former, Gap, Resume, Seen, Step, Tail, holds, is_former
 from ..files.watch import Watch
 from ..loops import Call, LoopThread, outlast
+from ..packets.codec import CommitEntry, GapInfo, SourceInfo
+from ..packets.ledger import Ledger, SourceState
 from ..packets.recover import Recovery
 from .sources import Sources
+
+R = TypeVar("R")
 
 ARENAS = 4  # one is read into, one is written, and two so that neither waits for the other's hiccup
 PAUSE = 0.001  # between two looks while following: lines that come together share a frame
@@ -82,6 +86,27 @@ class Progress:
         return sum(tail.lag for tail in list(self._tails))
 
 
+class Target(Protocol):
+    """What a merge needs of the packet file that it writes; each method as PacketFile's."""
+
+    @property
+    def identity(self) -> tuple[int, int]: ...
+    @property
+    def ledger(self) -> Ledger: ...
+    def generations(self, state: SourceState) -> Iterator[tuple[SourceInfo, CommitEntry]]: ...
+    def open_source(self, info: SourceInfo, source_id: int | None = None) -> int: ...
+    def gap(self, source_id: int, info: GapInfo) -> None: ...
+    def append(self, pieces: Iterable[Piece], stats: Mapping[int, tuple[int, int]] | None = None) -> None: ...
+
+
+class Output(Protocol):
+    """Where a Target is, on a thread of its own; each method as PacketWriter's."""
+
+    async def start(self) -> object: ...
+    def use(self, function: Callable[[Target], R], /) -> Call[R]: ...
+    async def aclose(self) -> None: ...
+
+
 class Merge:
     """Merge the lines of many files into one packet file.
 
@@ -90,7 +115,8 @@ class Merge:
 
     Args:
         sources: what to read; a list of files, folders and globs will do.
-        output: the packet file; one that is there is continued. It is never read as a source.
+        output: the packet file; one that is there is continued. It is never read as a source. Or an Output: what
+            stands for a packet file that is elsewhere (`net/client.py`).
         follow: go on with what is added until `stop()`, otherwise end with what is there.
         fsync: as for PacketFile.
         poll: look by time, do not trust the system to report changes (network mounts).
@@ -99,7 +125,7 @@ class Merge:
     def __init__(
         self,
         sources: Sources | Sequence[str],
-        output: str | os.PathLike[str],
+        output: str | os.PathLike[str] | Output,
         *,
         follow: bool = False,
         fsync: Fsync = "interval",
@@ -109,7 +135,9 @@ class Merge:
         self._sources = sources if isinstance(sources, Sources) else Sources(sources)
         self._follow = follow
         self._poll = poll
-        self._writer = PacketWriter(output, fsync=fsync, mend=_can_be_read_again)
+        if isinstance(output, str | os.PathLike):
+            output = PacketWriter(output, fsync=fsync, mend=_can_be_read_again)
+        self._writer: Output = output
         self._reader = LoopThread("merge reader")
         self._tails: dict[str, Tail] = {}
         self._open: set[Tail] = set()  # those that stay open between two reads, as many as there are descriptors for
@@ -185,7 +213,7 @@ class Merge:
 
     # --- on the writer's thread ---------------------------------------------------------------------------------------
 
-    def _learn(self, file: PacketFile) -> None:
+    def _learn(self, file: Target) -> None:
         for state in file.ledger.sources.values():
             path = os.fsdecode(state.path)
             self._resumes[path] = Resume(state.info, state.entry())
@@ -389,7 +417,7 @@ class Merge:
         self._arenas.append(arena)
 
 
-def _pieces(file: PacketFile, steps: Iterable[Step]) -> Iterator[Piece]:
+def _pieces(file: Target, steps: Iterable[Step]) -> Iterator[Piece]:
     for step in steps:
         if type(step) is Piece:
             yield step

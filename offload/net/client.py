@@ -3,8 +3,8 @@
     Tail ─► arena ─► steps ─► frames ─► u32 packets ─► server ─► packet file
                                  ◄───── "so many batches are on the disk" ─────┘
 
-`Merge` reads, and knows the packet file by the few methods that `_Remote` has; `_Link` carries what it writes. The link
-has a thread and a loop of its own, as every packet file's writer has.
+`Merge` reads, and writes to its Output: here `_Link`, which has a thread and a loop of its own, as every packet file's
+writer has. Its Target, the packet file at the server as far as a merge uses one, is `_Remote`.
 
 Promises:
     - The client keeps nothing: where each source stands is what the server's packet file says when a connection begins.
@@ -18,18 +18,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import ssl
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 from zlib import crc32
 
 from ..errors import BrokenResourceError, ClosedResourceError, OffloadError, PacketError
 from ..files.packet_file import Piece
-from ..files.packet_stream import PacketWriter
 from ..loops import Call, LoopThread
-from ..merge.engine import Merge, Progress
+from ..merge.engine import Merge, Progress, Target
 from ..merge.sources import Sources
 from ..packets.codec import Buffer, CommitEntry, GapInfo, Header, SourceInfo, pack_header
 from ..packets.format import Flag, FrameType
@@ -37,7 +35,8 @@ from ..packets.framing import PrefixFramer
 from ..packets.ledger import Ledger, SourceState
 from . import wire
 from .auth import respond
-from .connection import Connection, connect, parse_address
+from .connection import Connection
+from .dial import connect, parse_address
 from .limits import Limits
 
 R = TypeVar("R")
@@ -172,7 +171,7 @@ class _Link:
             raise
         return self
 
-    def use(self, function: Callable[[Any], R]) -> Call[R]:
+    def use(self, function: Callable[[Target], R], /) -> Call[R]:
         """Run a function with the remote packet file, in order; its frames are sent when there is room."""
         return self._thread.run(self._use, function)
 
@@ -236,7 +235,7 @@ class _Link:
                 self._change.notify_all()
             self._lost()
 
-    async def _use(self, function: Callable[[Any], R]) -> R:
+    async def _use(self, function: Callable[[Target], R]) -> R:
         assert self._order is not None
         assert self._change is not None
         assert self._connection is not None
@@ -307,12 +306,11 @@ class Send(Merge):
         secret: bytes | None = None,
         limits: Limits | None = None,
     ) -> None:
-        super().__init__(sources, os.devnull, follow=follow, poll=poll)  # the file is never opened
         options = {"tls": tls, "server_hostname": server_hostname, "limits": limits, "max_packet": MAX_MESSAGE}
         parse_address(address)
         wire.hello(name)  # what is no address or name is told here
         self._link = _Link(address, name, secret, self.stop, options)
-        self._writer = cast(PacketWriter, self._link)  # a merge uses start, use and aclose of it
+        super().__init__(sources, self._link, follow=follow, poll=poll)
 
     async def run(self) -> Progress:
         """Read and send, as Merge.run; returns when all of it is on the server's disk.

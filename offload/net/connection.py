@@ -16,7 +16,6 @@ Promises:
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import socket
 import ssl
 from collections import deque
@@ -28,11 +27,12 @@ from ..packets.codec import Buffer
 from ..packets.framer import Framer, Packet
 from .limits import ALONE, Budget, Limits
 
+KEEP_ALIVE = 60  # seconds of silence until the system asks, and of no answer until it gives up
 PACKET_COST = 256  # bytes that Python needs for a Packet and its payload beside the payload's own
 
 
 class Connection(asyncio.BufferedProtocol):
-    """A peer, and the packets from and to it; made by `Server` and `connect`.
+    """A peer, and the packets from and to it; made by `PacketServer` and `connect`.
 
     Args:
         framer: its own; it must not be used for anything else.
@@ -207,6 +207,33 @@ class Connection(asyncio.BufferedProtocol):
         found = self._transport.get_extra_info("peercert") if self._transport is not None else None
         return cast("dict[str, Any] | None", found or None)
 
+    async def encrypt(self, context: ssl.SSLContext) -> None:
+        """Have the TLS handshake with a client; the connection is held for "tls" until it is done.
+
+        Raises:
+            BrokenResourceError: it failed, or took longer than `Limits.handshake`.
+        """
+        assert self._transport is not None
+        try:
+            transport = await self._loop.start_tls(
+                self._transport, self, context, server_side=True, ssl_handshake_timeout=self.limits.handshake
+            )
+            if transport is None:
+                raise ConnectionResetError("the connection is closed")
+        except OSError as exc:
+            error = BrokenResourceError(f"TLS handshake failed: {getattr(exc, 'reason', None) or exc or 'no answer'}")
+            self.abort(error)
+            self.connection_lost(exc)  # asyncio does not tell, if it ends within the handshake
+            raise error from exc
+        self._transport = transport
+        self.peer, self.name = _who(self._transport)
+        if self._holds - {"tls"}:
+            self._transport.pause_reading()
+            self._holds.remove("tls")
+        else:
+            self._holds.clear()
+        self._since = self._begun = self._loop.time()
+
     def hold(self, why: str) -> None:
         """Read nothing more until all who hold it let go."""
         if not self._holds and self._transport is not None and not self._transport.is_closing():
@@ -244,6 +271,7 @@ class Connection(asyncio.BufferedProtocol):
         self._transport = cast(asyncio.Transport, transport)
         self._since = self._begun = self._loop.time()
         self.peer, self.name = _who(self._transport)
+        _keep_alive(self._transport)
         self._budget.join(self)
         self._made(self)
 
@@ -281,6 +309,8 @@ class Connection(asyncio.BufferedProtocol):
         return self._transport is not None and self._transport.get_extra_info("ssl_object") is None
 
     def connection_lost(self, exc: Exception | None) -> None:
+        if self.closed.done():
+            return
         self._transport = None
         if exc is not None:
             error = BrokenResourceError(f"the connection with {self.peer} broke: {exc}")
@@ -291,8 +321,7 @@ class Connection(asyncio.BufferedProtocol):
         self._hold_bytes(0)
         self._budget.leave(self)
         self.resume_writing()
-        if not self.closed.done():
-            self.closed.set_result(None)
+        self.closed.set_result(None)
 
     def pause_writing(self) -> None:
         self._room = self._loop.create_future()
@@ -353,6 +382,17 @@ def _cost(packet: Packet) -> int:
     return len(packet.payload) + PACKET_COST
 
 
+def _keep_alive(transport: asyncio.Transport) -> None:
+    """Let the system ask a silent peer whether it is still there: a machine that died says no word."""
+    sock = transport.get_extra_info("socket")
+    if sock is None or sock.family not in (socket.AF_INET, socket.AF_INET6):
+        return
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in (("TCP_KEEPIDLE", KEEP_ALIVE), ("TCP_KEEPINTVL", KEEP_ALIVE // 6), ("TCP_KEEPCNT", 6)):
+        if hasattr(socket, option):
+            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+
+
 def _who(transport: asyncio.Transport) -> tuple[str, str]:
     """Where a peer comes from, and who it is."""
     name = ""
@@ -366,62 +406,3 @@ def _who(transport: asyncio.Transport) -> tuple[str, str]:
         return f"{host}:{peer[1]}", name or str(peer[0])
     path = next((p for p in (own, peer) if isinstance(p, str) and p), "")
     return f"unix:{path}", name or f"unix:{path}"
-
-
-@contextlib.asynccontextmanager
-async def connect(
-    address: str,
-    framing: Callable[..., Framer],
-    *,
-    tls: ssl.SSLContext | None = None,
-    server_hostname: str | None = None,
-    limits: Limits | None = None,
-    **options: Any,
-) -> AsyncIterator[Connection]:
-    """A connection to a server, as `async with`; closed behind the block.
-
-    Args:
-        address: HOST:PORT or unix:PATH.
-        framing: makes the framer, for example `PrefixFramer`; `options` are for it.
-        tls: encrypt, and check the server, as this context says.
-
-    Raises:
-        OSError: there is no way to it, or the TLS handshake failed.
-        ValueError: no address.
-    """
-    loop = asyncio.get_running_loop()
-
-    def made() -> Connection:
-        return Connection(framing(**options), limits=limits)
-
-    place = parse_address(address)
-    extra: dict[str, Any] = {} if tls is None else {"ssl": tls, "server_hostname": server_hostname or place[0] or None}
-    if isinstance(place, str):
-        if tls is not None:
-            extra["server_hostname"] = server_hostname or "localhost"
-        _, connection = await loop.create_unix_connection(made, place, **extra)
-    else:
-        _, connection = await loop.create_connection(made, *place, **extra)
-    try:
-        yield connection
-    finally:
-        connection.give_back()
-        await connection.aclose()
-
-
-def parse_address(text: str) -> str | tuple[str, int]:
-    """The path of `unix:PATH`, or host and port of `HOST:PORT`, `[::1]:PORT`, `:PORT`.
-
-    Raises:
-        ValueError: neither.
-    """
-    if text.startswith("unix:"):
-        if not text[5:]:
-            raise ValueError(f"address is {text!r}, expected unix:PATH")
-        if not hasattr(socket, "AF_UNIX"):
-            raise ValueError(f"address is {text!r}, and this system has no Unix sockets")
-        return text[5:]
-    host, colon, port = text.rpartition(":")
-    if not colon or not port.isascii() or not port.isdecimal() or int(port) > 65535:
-        raise ValueError(f"address is {text!r}, expected HOST:PORT or unix:PATH")
-    return host.removeprefix("[").removesuffix("]"), int(port)

@@ -32,6 +32,11 @@ class Limits:
     send: float | None = 60.0
     handshake: float = 10.0
 
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} is {value}, expected more than 0")
+
 
 class Budget:
     """The memory of all connections of a server together.

@@ -50,7 +50,7 @@ class Received:
 
 
 class Receiver:
-    """Handlers for a Server that write into one packet file.
+    """Handlers for a PacketServer that write into one packet file.
 
     Args:
         writer: opened; its owner closes it after the server.
@@ -80,7 +80,7 @@ class Receiver:
         self._syncing: asyncio.Task[None] | None = None
 
     async def handle(self, connection: Connection) -> None:
-        """Serve one connection; the handler for `Server`."""
+        """Serve one connection; the handler for `PacketServer`."""
         first = await connection.packet()
         if first is not None and self._sends and (name := wire.read_hello(first.payload)) is not None:
             await self._sender(connection, name)

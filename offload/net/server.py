@@ -4,7 +4,7 @@
         async for packet in connection:
             await connection.send(packet.payload)
 
-    async with Server(echo, framing=PrefixFramer) as server:
+    async with PacketServer(echo, framing=PrefixFramer) as server:
         address = await server.listen("127.0.0.1:0")
 
 Promises:
@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import ssl
@@ -35,7 +36,8 @@ from ..errors import BrokenResourceError, ClosedResourceError, OffloadError, Pac
 from ..packets.framer import Framer
 from ..packets.framing import PrefixFramer
 from .auth import challenge, check_secret
-from .connection import Connection, parse_address
+from .connection import Connection
+from .dial import parse_address
 from .limits import Budget, Limits
 
 log = logging.getLogger("offload")
@@ -50,9 +52,11 @@ class ServerStats:
     """What happened since the start.
 
     Attributes:
-        accepted, open: connections; open now.
-        refused: over `Limits.connections`, or without the secret.
+        accepted: connections that reached the handler.
+        open: connections now.
+        refused: over `Limits.connections`, without the certificate or the secret.
         bad: ended by bytes that are no packet.
+        skipped: packets left out by `on_error="skip"` or "resync".
         overdue: ended by a limit of time.
         cut: not done when `drain` ended.
     """
@@ -61,11 +65,12 @@ class ServerStats:
     open: int = 0
     refused: int = 0
     bad: int = 0
+    skipped: int = 0
     overdue: int = 0
     cut: int = 0
 
 
-class Server:
+class PacketServer:
     """Takes connections and runs a handler for each; see the head of this module.
 
     Args:
@@ -93,7 +98,7 @@ class Server:
         self._framing()  # what it cannot be is told here
         self._secret = None if secret is None else check_secret(secret)
         self._listening: list[asyncio.Server] = []
-        self._paths: list[str] = []
+        self._paths: dict[str, int] = {}  # of sockets, with their inodes
         self._tasks: dict[asyncio.Task[None], Connection] = {}
         self._sweeper: asyncio.Task[None] | None = None
         self._closed = False
@@ -121,14 +126,14 @@ class Server:
             raise ClosedResourceError("the server is closed; make a new one")
         loop = asyncio.get_running_loop()
         place = parse_address(address)
-        extra: dict[str, Any] = {"backlog": _BACKLOG}
-        if tls is not None:
-            extra |= {"ssl": tls, "ssl_handshake_timeout": self.limits.handshake}
+        make = partial(self._make, tls)
         if isinstance(place, str):
-            server = await loop.create_unix_server(self._make, place, **extra)
-            self._paths.append(place)
+            if await _somebody_listens(place):  # asyncio would take the socket away from them
+                raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE), place)
+            server = await loop.create_unix_server(make, place, backlog=_BACKLOG)
+            self._paths[place] = os.stat(place).st_ino
         else:
-            server = await loop.create_server(self._make, place[0] or None, place[1], **extra)
+            server = await loop.create_server(make, place[0] or None, place[1], backlog=_BACKLOG)
             host, port = server.sockets[0].getsockname()[:2]
             address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         self._listening.append(server)
@@ -168,9 +173,10 @@ class Server:
         for server in self._listening:
             await server.wait_closed()
         self._listening.clear()
-        for path in self._paths:
+        for path, inode in self._paths.items():
             with contextlib.suppress(OSError):
-                os.unlink(path)
+                if os.stat(path).st_ino == inode:  # not somebody else's by now
+                    os.unlink(path)
         self._paths.clear()
 
     async def __aenter__(self) -> Self:
@@ -183,29 +189,34 @@ class Server:
 
     # --- connections --------------------------------------------------------------------------------------------------
 
-    def _make(self) -> Connection:
-        return Connection(self._framing(), limits=self.limits, budget=self.budget, made=self._admit)
+    def _make(self, tls: ssl.SSLContext | None) -> Connection:
+        return Connection(self._framing(), limits=self.limits, budget=self.budget, made=partial(self._admit, tls))
 
-    def _admit(self, connection: Connection) -> None:
+    def _admit(self, tls: ssl.SSLContext | None, connection: Connection) -> None:
         if self._closed or len(self._tasks) >= self.limits.connections:
             self.stats.refused += 1
             connection.abort()
             return
-        self.stats.accepted += 1
         self.stats.open += 1
-        task = asyncio.get_running_loop().create_task(self._serve(connection), name=f"peer {connection.peer}")
+        if tls is not None:
+            connection.hold("tls")
+        task = asyncio.get_running_loop().create_task(self._serve(connection, tls), name=f"peer {connection.peer}")
         self._tasks[task] = connection
         task.add_done_callback(self._tasks.pop)
 
-    async def _serve(self, connection: Connection) -> None:
+    async def _serve(self, connection: Connection, tls: ssl.SSLContext | None) -> None:
         try:
-            if self._secret is not None:
-                try:
+            try:
+                # Here, not by `listen(ssl=)`: a client that only begins a handshake counts as a connection too.
+                if tls is not None:
+                    await connection.encrypt(tls)
+                if self._secret is not None:
                     await challenge(connection, self._secret)
-                except OffloadError:
-                    self.stats.refused += 1
-                    connection.abort()
-                    raise
+            except OffloadError:
+                self.stats.refused += 1
+                connection.abort()
+                raise
+            self.stats.accepted += 1
             await self._handler(connection)
         except PacketError as exc:
             self.stats.bad += 1
@@ -219,6 +230,7 @@ class Server:
             log.exception("the handler of %s raised; the connection is closed", connection.peer)
         finally:
             self.stats.open -= 1
+            self.stats.skipped += connection.framer.faults - (connection.framer.error is not None)
             connection.hold("done")
             connection.give_back()
             await connection.aclose()
@@ -244,3 +256,12 @@ class Server:
                 if reason is not None:
                     self.stats.overdue += 1
                     connection.abort(BrokenResourceError(f"{connection.peer}: {reason}"))
+
+
+async def _somebody_listens(path: str) -> bool:
+    """Whether this socket is in use, and not left over from a process that was killed."""
+    with contextlib.suppress(OSError):
+        _, writer = await asyncio.open_unix_connection(path)
+        writer.close()
+        return True
+    return False

@@ -14,9 +14,10 @@ import pytest
 from offload.errors import BrokenResourceError, ClosedResourceError, OffloadError
 from offload.net.auth import client_context, respond, server_context
 from offload.net.client import RefusedError, Send
-from offload.net.connection import Connection, connect
+from offload.net.connection import Connection
+from offload.net.dial import connect
 from offload.net.limits import Limits
-from offload.net.server import Server
+from offload.net.server import PacketServer
 from offload.packets.framing import LineFramer, OctetFramer, PrefixFramer
 
 SECRET = b"sixteen bytes or more"
@@ -55,7 +56,7 @@ async def test_client_with_a_certificate_is_known_by_its_name(certificates: Path
     tls = server_context(certificates / "server.pem", certificates / "server.key", certificates / "ca.pem")
     mine = client_context(certificates / "ca.pem", certificates / "client.pem", certificates / "client.key")
     payloads = [b"x" * size for size in (1, 1000, 300_000, 1_000_000)]
-    async with Server(handler, max_packet=2 << 20) as server:
+    async with PacketServer(handler, max_packet=2 << 20) as server:
         for address in ("127.0.0.1:0", f"unix:{tmp_path}/socket"):
             address = await server.listen(address, tls=tls)
             async with connect(address, PrefixFramer, tls=mine, max_packet=2 << 20) as connection:
@@ -79,7 +80,7 @@ async def test_client_without_the_right_certificate_gets_nothing(who: str, certi
         None if who == "nobody" else certificates / f"{who}.key",
     )
     got: list[bytes] = []
-    async with Server(handler) as server:
+    async with PacketServer(handler) as server:
         address = await server.listen("127.0.0.1:0", tls=tls)
         # With TLS 1.3 a client hears of it after the handshake, as soon as it reads.
         with contextlib.suppress(OSError, OffloadError):
@@ -93,7 +94,7 @@ async def test_plain_bytes_at_a_tls_port_get_nothing(certificates: Path) -> None
     """A client that does not speak TLS is closed, and the handler never sees it."""
     handler = Handler()
     tls = server_context(certificates / "server.pem", certificates / "server.key")
-    async with Server(handler) as server:
+    async with PacketServer(handler) as server:
         port = port_of(await server.listen("127.0.0.1:0", tls=tls))
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(struct.pack("!I", 5) + b"hello")
@@ -109,7 +110,7 @@ async def test_client_checks_the_server(ca: str, hostname: str | None, certifica
     """A server with a certificate of another CA, or for another name, gets nothing from the client."""
     handler = Handler()
     tls = server_context(certificates / "server.pem", certificates / "server.key")
-    async with Server(handler) as server:
+    async with PacketServer(handler) as server:
         address = await server.listen("127.0.0.1:0", tls=tls)
         mine = client_context(certificates / f"{ca}.pem")
         with pytest.raises(ssl.SSLCertVerificationError):
@@ -121,7 +122,7 @@ async def test_client_checks_the_server(ca: str, hostname: str | None, certifica
 async def test_silent_client_does_not_keep_a_handshake_open(certificates: Path) -> None:
     """A client that never begins the handshake is closed after its limit."""
     tls = server_context(certificates / "server.pem", certificates / "server.key")
-    async with Server(Handler(), limits=Limits(handshake=0.1)) as server:
+    async with PacketServer(Handler(), limits=Limits(handshake=0.1)) as server:
         port = port_of(await server.listen("127.0.0.1:0", tls=tls))
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         with contextlib.suppress(ConnectionError):
@@ -138,7 +139,7 @@ async def test_silent_client_does_not_keep_a_handshake_open(certificates: Path) 
 async def test_who_knows_the_secret_gets_in(framing: type[PrefixFramer]) -> None:
     """With the secret, packets pass, up to the usual size, in every framing."""
     handler = Handler()
-    server = Server(handler, framing=framing, secret=SECRET)
+    server = PacketServer(handler, framing=framing, secret=SECRET)
     async with server, connect(await server.listen("127.0.0.1:0"), framing) as connection:
         await respond(connection, SECRET)
         await connection.send(b"x" * 100_000)
@@ -164,7 +165,7 @@ INTRUDERS = {
 async def test_who_does_not_know_the_secret_gets_nothing(name: str) -> None:
     """Without the secret no packet reaches the handler, and nothing but the question comes back."""
     handler = Handler()
-    async with Server(handler, secret=SECRET) as server:
+    async with PacketServer(handler, secret=SECRET) as server:
         async with connect(await server.listen("127.0.0.1:0"), PrefixFramer) as connection:
             packets = INTRUDERS[name]
             if packets is None:
@@ -184,7 +185,7 @@ async def test_who_does_not_know_the_secret_gets_nothing(name: str) -> None:
 async def test_stranger_gets_no_memory(caplog: pytest.LogCaptureFixture) -> None:
     """Before the answer a packet may have 256 bytes: who has not said who it is cannot fill the memory."""
     caplog.set_level(logging.INFO, "offload")
-    async with Server(Handler(), secret=SECRET) as server:
+    async with PacketServer(Handler(), secret=SECRET) as server:
         async with connect(await server.listen("127.0.0.1:0"), PrefixFramer) as connection:
             await connection.send(bytes(257))
             await received(connection)
@@ -196,7 +197,7 @@ async def test_answer_of_one_connection_is_none_for_another() -> None:
     """An answer that was overheard does not open another connection: each has a question of its own."""
     handler = Handler()
     overheard: list[bytes] = []
-    async with Server(handler, secret=SECRET) as server:
+    async with PacketServer(handler, secret=SECRET) as server:
         address = await server.listen("127.0.0.1:0")
         async with connect(address, PrefixFramer) as connection:
             send = connection.send
@@ -228,7 +229,7 @@ async def test_server_that_does_not_know_the_secret_is_found_out() -> None:
         await connection.batch()
 
     for handler, message in ((impostor, "does not know the secret"), (open_to_all, "asks for no secret")):
-        server = Server(handler)
+        server = PacketServer(handler)
         async with server, connect(await server.listen("127.0.0.1:0"), PrefixFramer) as connection:
             with pytest.raises(BrokenResourceError, match=message):
                 await respond(connection, SECRET)
@@ -236,7 +237,7 @@ async def test_server_that_does_not_know_the_secret_is_found_out() -> None:
 
 async def test_silence_is_no_answer() -> None:
     """A client that does not answer the challenge is closed after the handshake's limit."""
-    server = Server(Handler(), secret=SECRET, limits=Limits(handshake=0.05))
+    server = PacketServer(Handler(), secret=SECRET, limits=Limits(handshake=0.05))
     async with server, connect(await server.listen("127.0.0.1:0"), PrefixFramer) as connection:
         assert len(await received(connection)) == 1
     assert server.stats.refused == 1
@@ -244,7 +245,7 @@ async def test_silence_is_no_answer() -> None:
 
 async def test_send_with_a_wrong_secret_is_refused_for_good(tmp_path: Path) -> None:
     """`Send` tells a wrong secret from a broken connection: trying again would not help."""
-    async with Server(Handler(), secret=SECRET) as server:
+    async with PacketServer(Handler(), secret=SECRET) as server:
         address = await server.listen("127.0.0.1:0")
         with pytest.raises(RefusedError, match="does not know the secret"):
             await Send([str(tmp_path)], address, name="me", secret=b"another secret, as long").start()
@@ -253,12 +254,12 @@ async def test_send_with_a_wrong_secret_is_refused_for_good(tmp_path: Path) -> N
 def test_short_secret_is_refused() -> None:
     """A secret under 16 bytes could be guessed."""
     with pytest.raises(ValueError, match="secret is 5 bytes, expected at least 16"):
-        Server(Handler(), secret=b"short")
+        PacketServer(Handler(), secret=b"short")
 
 
 async def test_closed_connection_says_so() -> None:
     """Sending on a connection that was closed here is an error of ours, not a broken pipe."""
-    server = Server(Handler())
+    server = PacketServer(Handler())
     async with server, connect(await server.listen("127.0.0.1:0"), PrefixFramer) as connection:
         await connection.aclose()
         with pytest.raises(ClosedResourceError, match="is closed"):

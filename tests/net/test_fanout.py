@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
 
 from offload.errors import BrokenResourceError, ClosedResourceError, QueueFullError
-from offload.net.connection import Connection, connect
+from offload.net.connection import Connection
+from offload.net.dial import connect
 from offload.net.fanout import ITEM_COST, POLICIES, Fanout, Policy, Subscription
 from offload.net.limits import Limits
-from offload.net.server import Server
+from offload.net.server import PacketServer
 from offload.packets.codec import Buffer
 from offload.packets.framing import LineFramer, PrefixFramer
 
@@ -207,7 +208,7 @@ async def test_subscriber_that_never_reads_harms_nobody() -> None:
         return [packet.payload async for packet in connection]
 
     payloads = [b"%06d" % n + bytes(50_000) for n in range(count)]
-    server = Server(give, limits=Limits(send=0.5))
+    server = PacketServer(give, limits=Limits(send=0.5))
     async with server:
         address = await server.listen("127.0.0.1:0")
         async with asyncio.TaskGroup() as group:

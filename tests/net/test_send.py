@@ -28,9 +28,9 @@ from offload.merge.split import split
 from offload.net import client as module
 from offload.net import wire
 from offload.net.client import RefusedError, Send
-from offload.net.connection import connect
+from offload.net.dial import connect
 from offload.net.receiver import Receiver
-from offload.net.server import Server
+from offload.net.server import PacketServer
 from offload.packets.codec import SourceInfo, encode
 from offload.packets.format import NONE_U64, Compression, Flag, FrameType
 from offload.packets.framing import PrefixFramer
@@ -58,7 +58,7 @@ class Collector:
     async def __aenter__(self) -> Collector:
         self.writer = await self._stack.enter_async_context(PacketWriter(self.packet))
         self.receiver = Receiver(self.writer, sends=True)
-        self.server = Server(self.receiver.handle, max_packet=4 << 20, **self._options)
+        self.server = PacketServer(self.receiver.handle, max_packet=4 << 20, **self._options)
         self.address = await self.server.listen(self.address)
         return self
 
@@ -247,7 +247,7 @@ async def test_server_that_is_none_is_refused(tmp_path: Path) -> None:
         await connection.send(b"220 mail.example ESMTP")
         await connection.batch()
 
-    async with Server(other) as server:
+    async with PacketServer(other) as server:
         with pytest.raises(RefusedError, match="is no packet file server for `send`: it said b'220 mail"):
             await send([str(tmp_path)], await server.listen("127.0.0.1:0"))
 
@@ -356,7 +356,7 @@ async def test_client_refuses_what_a_server_must_not_say(tmp_path: Path) -> None
         await connection.batch()
 
     (tmp_path / "a.log").write_bytes(b"one\n")
-    async with Server(liar) as server:
+    async with PacketServer(liar) as server:
         with pytest.raises(BrokenResourceError, match="batch 5 is acknowledged, expected 1 to"):
             await send([str(tmp_path / "a.log")], await server.listen("127.0.0.1:0"), follow=True)
 

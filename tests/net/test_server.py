@@ -18,9 +18,10 @@ from pathlib import Path
 import pytest
 
 from offload.errors import BrokenResourceError, ClosedResourceError, PacketError
-from offload.net.connection import Connection, connect, parse_address
+from offload.net.connection import Connection
+from offload.net.dial import connect, parse_address
 from offload.net.limits import Limits
-from offload.net.server import Server
+from offload.net.server import PacketServer
 from offload.packets.framer import RECEIVE_BYTES, Framer
 from offload.packets.framing import LineFramer, OctetFramer, PrefixFramer
 
@@ -101,7 +102,7 @@ async def test_packets_come_back(framing: Callable[..., Framer], kind: str, tmp_
             await connection.send(packet.payload, *fields)
 
     payloads = [b"one", b"two" * 1000, b"three"]
-    async with Server(handle, framing=framing) as server:
+    async with PacketServer(handle, framing=framing) as server:
         address = await server.listen(f"unix:{tmp_path}/socket" if kind == "unix" else "127.0.0.1:0")
         async with connect(address, framing) as connection:
             for payload in payloads:
@@ -134,7 +135,7 @@ async def test_random_cuts_on_many_connections_keep_each_ones_order() -> None:
             assert [await u32_from(reader) for _ in payloads] == payloads
             await writing
 
-    async with Server(echo) as server:
+    async with PacketServer(echo) as server:
         address = await server.listen("127.0.0.1:0")
         await asyncio.gather(*(client(address, seed) for seed in range(50)))
     assert server.stats.accepted == 50
@@ -143,7 +144,7 @@ async def test_random_cuts_on_many_connections_keep_each_ones_order() -> None:
 
 async def test_half_open_sender_gets_its_answers() -> None:
     """A client that has ended its side still gets the answers to what it sent, then the end."""
-    async with Server(echo) as server, stream(await server.listen("127.0.0.1:0")) as (reader, writer):
+    async with PacketServer(echo) as server, stream(await server.listen("127.0.0.1:0")) as (reader, writer):
         writer.write(u32(b"one") + u32(b"two"))
         writer.write_eof()
         assert await reader.read() == u32(b"one") + u32(b"two")
@@ -156,7 +157,7 @@ async def test_peer_names_itself() -> None:
     async def handle(connection: Connection) -> None:
         peers.append((connection.peer, connection.name))
 
-    async with Server(handle) as server, stream(await server.listen("127.0.0.1:0")) as (reader, writer):
+    async with PacketServer(handle) as server, stream(await server.listen("127.0.0.1:0")) as (reader, writer):
         assert await gone(reader)
         host, port = writer.get_extra_info("sockname")
     assert peers == [(f"{host}:{port}", host)]
@@ -174,7 +175,7 @@ async def test_a_full_connection_is_not_read_and_others_are() -> None:
         await (gate.handle(connection) if not server.stats.open > 1 else echo(connection))
 
     payloads = [b"%7d" % n + bytes(10_000) for n in range(2000)]
-    async with Server(handle, limits=limits) as server:
+    async with PacketServer(handle, limits=limits) as server:
         address = await server.listen("127.0.0.1:0")
         async with stream(address) as (_, writer):
 
@@ -203,7 +204,7 @@ async def test_total_bound_holds_over_all_connections() -> None:
     """Forty senders of as much as they can: together they hold what the total allows, then all of it arrives."""
     gate, total, each = Gate(), 2 << 20, 300_000
     limits = Limits(connection_bytes=1 << 20, total_bytes=total)
-    async with Server(gate.handle, limits=limits) as server:
+    async with PacketServer(gate.handle, limits=limits) as server:
         address = await server.listen("127.0.0.1:0")
 
         async def client(number: int) -> None:
@@ -238,7 +239,7 @@ async def test_a_crowd_of_half_packets_does_not_stop_itself() -> None:
     """When packets under way alone fill the total, one at a time goes on: all are whole in the end."""
     total, size, count = 400_000, 100_000, 30
     limits = Limits(total_bytes=total)
-    async with Server(echo, limits=limits) as server:
+    async with PacketServer(echo, limits=limits) as server:
         address = await server.listen("127.0.0.1:0")
         async with contextlib.AsyncExitStack() as stack:
             streams = [await stack.enter_async_context(stream(address)) for _ in range(count)]
@@ -258,7 +259,7 @@ async def test_a_crowd_of_half_packets_does_not_stop_itself() -> None:
 
 async def test_one_connection_too_many_is_closed_at_once() -> None:
     """Over the limit of connections a new one is closed and counted; when one leaves, the next is taken."""
-    async with Server(echo, limits=Limits(connections=2)) as server:
+    async with PacketServer(echo, limits=Limits(connections=2)) as server:
         address = await server.listen("127.0.0.1:0")
         async with stream(address) as (reader, writer):
             async with stream(address), stream(address) as (third, _):
@@ -275,7 +276,7 @@ async def test_one_connection_too_many_is_closed_at_once() -> None:
 @pytest.mark.parametrize("begin", [b"", struct.pack("!I", 1000) + b"never whole"])
 async def test_silent_connection_is_closed(begin: bytes) -> None:
     """A connection from which nothing comes is closed after the idle limit, also inside a packet; others stay."""
-    async with Server(echo, limits=Limits(idle=0.2)) as server:
+    async with PacketServer(echo, limits=Limits(idle=0.2)) as server:
         address = await server.listen("127.0.0.1:0")
         async with stream(address) as (reader, writer), stream(address) as (busy, busy_writer):
             writer.write(begin)
@@ -289,7 +290,7 @@ async def test_silent_connection_is_closed(begin: bytes) -> None:
 
 async def test_packet_that_never_ends_is_closed() -> None:
     """A sender that drips one byte after the other into the same packet is closed by the packet's limit of time."""
-    server = Server(echo, limits=Limits(packet=0.2))
+    server = PacketServer(echo, limits=Limits(packet=0.2))
     async with server, stream(await server.listen("127.0.0.1:0")) as (reader, writer):
         writer.write(struct.pack("!I", 1 << 20))
         leaving = asyncio.ensure_future(gone(reader))
@@ -303,7 +304,7 @@ async def test_packet_that_never_ends_is_closed() -> None:
 
 async def test_idle_connection_without_a_limit_stays() -> None:
     """Between packets a connection may be silent for as long as it likes, if no idle limit is set."""
-    server = Server(echo, limits=Limits(packet=0.05))
+    server = PacketServer(echo, limits=Limits(packet=0.05))
     async with server, stream(await server.listen("127.0.0.1:0")) as (reader, writer):
         writer.write(u32(b"one"))
         assert await u32_from(reader) == b"one"
@@ -316,7 +317,7 @@ async def test_idle_connection_without_a_limit_stays() -> None:
 async def test_time_while_we_do_not_read_is_not_the_peers() -> None:
     """A connection that is not read, because its handler is slow, is not overdue."""
     gate = Gate()
-    server = Server(gate.handle, limits=Limits(idle=0.05, packet=0.05, connection_bytes=1000))
+    server = PacketServer(gate.handle, limits=Limits(idle=0.05, packet=0.05, connection_bytes=1000))
     async with server, stream(await server.listen("127.0.0.1:0")) as (_, writer):
         writer.write(u32(b"x" * 900) + u32(b"y" * 900) + b"\0")
         await until(lambda: bool(server.connections) and not server.connections[0].is_read)
@@ -342,7 +343,7 @@ async def test_peer_that_never_reads_is_cut_off() -> None:
         finally:
             done.set()
 
-    async with Server(flood, limits=Limits(send=0.2)) as server, stream(await server.listen("127.0.0.1:0")):
+    async with PacketServer(flood, limits=Limits(send=0.2)) as server, stream(await server.listen("127.0.0.1:0")):
         await done.wait()
     assert len(told) == 1
     assert told[0].endswith("has read nothing for 0.2 s")
@@ -366,7 +367,7 @@ async def test_bad_bytes_end_their_own_connection_only(
     """A stream that is none is closed with its reason in the log; a connection beside it notices nothing."""
     caplog.set_level(logging.INFO, "offload")
     framing = partial(PrefixFramer, "!I", digest="md5")
-    async with Server(echo, framing=framing) as server:
+    async with PacketServer(echo, framing=framing) as server:
         address = await server.listen("127.0.0.1:0")
         async with connect(address, framing) as good, stream(address) as (reader, writer):
             writer.write(bytes_sent)
@@ -393,7 +394,10 @@ async def test_packets_before_the_fault_are_handled() -> None:
             faults.append(exc)
             raise
 
-    async with Server(handle, max_packet=10) as server, stream(await server.listen("127.0.0.1:0")) as (reader, writer):
+    async with (
+        PacketServer(handle, max_packet=10) as server,
+        stream(await server.listen("127.0.0.1:0")) as (reader, writer),
+    ):
         writer.write(u32(b"one") + u32(b"two") + u32(b"eleven byte") + u32(b"four"))
         assert await gone(reader)
     assert took == [b"one", b"two"]
@@ -407,7 +411,7 @@ async def test_handler_that_raises_ends_its_own_connection(caplog: pytest.LogCap
         async for packet in connection:
             await connection.send(b"%d" % (1 // len(packet.payload)))
 
-    async with Server(handle) as server:
+    async with PacketServer(handle) as server:
         address = await server.listen("127.0.0.1:0")
         async with stream(address) as (reader, writer):
             writer.write(u32(b""))
@@ -429,7 +433,7 @@ async def test_connection_reset_is_told_to_the_handler() -> None:
         except BrokenResourceError as exc:
             ended.set_result(exc)
 
-    async with Server(handle) as server:
+    async with PacketServer(handle) as server:
         address = parse_address(await server.listen("127.0.0.1:0"))
         with socket.create_connection(address) as peer:  # type: ignore[arg-type]
             peer.sendall(u32(b"last words"))
@@ -446,7 +450,7 @@ async def test_connection_reset_is_told_to_the_handler() -> None:
 async def test_drain_handles_what_was_sent_before() -> None:
     """Draining, the server lets handlers have every packet that peers had sent, then ends them; no new ones come in."""
     gate = Gate()
-    server = Server(gate.handle)
+    server = PacketServer(gate.handle)
     address = await server.listen("127.0.0.1:0")
     async with contextlib.AsyncExitStack() as stack:
         streams = [await stack.enter_async_context(stream(address)) for _ in range(5)]
@@ -470,7 +474,7 @@ async def test_drain_reads_what_is_in_the_sockets() -> None:
     """What peers had sent and the server had not read yet when it was told to end is read and handled."""
     gate = Gate()
     gate.open.set()
-    server = Server(gate.handle)
+    server = PacketServer(gate.handle)
     place = parse_address(await server.listen("127.0.0.1:0"))
     with contextlib.ExitStack() as stack:
         peers = [stack.enter_context(socket.create_connection(place)) for _ in range(5)]  # type: ignore[arg-type]
@@ -483,7 +487,7 @@ async def test_drain_reads_what_is_in_the_sockets() -> None:
 
 async def test_drain_cuts_off_a_handler_that_does_not_end() -> None:
     """A handler that is still at work when the time is up is cancelled, and counted."""
-    server = Server(Gate().handle)
+    server = PacketServer(Gate().handle)
     async with stream(await server.listen("127.0.0.1:0")) as (reader, _):
         await until(lambda: server.stats.open == 1)
         await server.drain(0.05)
@@ -493,7 +497,7 @@ async def test_drain_cuts_off_a_handler_that_does_not_end() -> None:
 
 async def test_block_that_raises_closes_at_once() -> None:
     """An error in the server's block does not wait for handlers."""
-    server = Server(Gate().handle)
+    server = PacketServer(Gate().handle)
 
     async def block() -> None:
         async with server, stream(await server.listen("127.0.0.1:0")):
@@ -526,7 +530,7 @@ def test_what_is_no_address_is_refused(text: str) -> None:
 
 async def test_taken_address_is_an_os_error() -> None:
     """Listening where somebody else listens says so."""
-    async with Server(echo) as one, Server(echo) as two:
+    async with PacketServer(echo) as one, PacketServer(echo) as two:
         address = await one.listen("127.0.0.1:0")
         with pytest.raises(OSError, match="address already in use"):
             await two.listen(address)
@@ -544,7 +548,7 @@ async def test_ten_thousand_connections_in_turn() -> None:
     """Ten thousand connections one after the other leave nothing behind."""
     asyncio.get_running_loop().set_debug(False)  # a minute of its own, and about us it says nothing
     before = descriptors()
-    async with Server(echo) as server:
+    async with PacketServer(echo) as server:
         place = parse_address(await server.listen("127.0.0.1:0"))
         loop = asyncio.get_running_loop()
         for number in range(10_000):
@@ -591,7 +595,7 @@ async def test_a_thousand_connections_at_once() -> None:
             else:
                 await go.wait()
 
-    async with Server(echo, limits=limits) as server:
+    async with PacketServer(echo, limits=limits) as server:
         address = await server.listen("127.0.0.1:0")
         clients = [asyncio.ensure_future(good(address, seed)) for seed in range(700)]
         oversized = [asyncio.ensure_future(bad(address, b"\xff" * 1000)) for _ in range(150)]
