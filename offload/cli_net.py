@@ -5,28 +5,35 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
 import os
 import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterator
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from .errors import BrokenResourceError, OffloadError
+from .errors import BrokenResourceError, OffloadError, PacketError
 
 if TYPE_CHECKING:
+    import asyncio
     import ssl
 
     from .merge.engine import Progress
-    from .net.fanout import Fanout, Policy
+    from .net.connection import Connection
+    from .net.fanout import Fanout
     from .net.receiver import Receiver
     from .net.server import PacketServer
 
+R = TypeVar("R")
+
+CLOSINGS = 10
 FIRST_PAUSE, LAST_PAUSE = 0.1, 5.0  # seconds before `send` connects again: twice as long each time
 
 
@@ -34,6 +41,12 @@ class FsyncChoice(StrEnum):
     none = "none"
     interval = "interval"
     always = "always"
+
+
+class OnErrorChoice(StrEnum):
+    close = "close"
+    skip = "skip"
+    resync = "resync"
 
 
 class PolicyChoice(StrEnum):
@@ -82,6 +95,13 @@ def serve(
     ] = None,
     secret_file: SecretOption = None,
     fsync: Annotated[FsyncChoice, typer.Option(help="When to wait for the disk.")] = FsyncChoice.interval,
+    on_error: Annotated[
+        OnErrorChoice,
+        typer.Option(
+            help="What a packet that is too large or has a wrong digest does: its connection is closed, or the packet "
+            "skipped as far as its size can be believed; resync looks for the next mark too."
+        ),
+    ] = OnErrorChoice.close,
     max_packet: Annotated[int, typer.Option(metavar="BYTES", help="The largest packet.")] = 4 << 20,
     max_connections: Annotated[int, typer.Option(help="At once.")] = 10_000,
     max_memory: Annotated[int, typer.Option(metavar="BYTES", help="For packets that wait.")] = 256 << 20,
@@ -96,7 +116,10 @@ def serve(
     import asyncio
     import functools
 
+    from .net.auth import server_context
+    from .net.fanout import Fanout
     from .net.limits import Limits
+    from .net.receiver import BATCH_BYTES
     from .net.server import PacketServer
     from .packets.framing import framer_factory
 
@@ -104,34 +127,35 @@ def serve(
         raise typer.BadParameter("the packets go nowhere: give --output or --subscribers")
     if (tls_cert is None) != (tls_key is None) or (tls_client_ca is not None and tls_cert is None):
         raise typer.BadParameter("TLS needs --tls-cert and --tls-key")
-    limits = Limits(connections=max_connections, total_bytes=max_memory, idle=idle)
     with _usage():
-        make = functools.partial(framer_factory(framing), max_packet=max_packet)
+        limits = Limits(connections=max_connections, total_bytes=max_memory, idle=idle)
+        make = functools.partial(framer_factory(framing), max_packet=max_packet, on_error=on_error.value)
+        out = framer_factory(framing)(max_packet=max(max_packet, BATCH_BYTES))
+        make()
         secret = _secret(secret_file)
 
     async def run() -> tuple[Receiver | None, PacketServer]:
-        from .net.auth import server_context
-        from .net.fanout import Fanout
+        tls = None
+        if tls_cert is not None and tls_key is not None:
+            with _about(tls_client_ca or tls_cert):
+                tls = server_context(tls_cert, tls_key, tls_client_ca)
+        fanout = Fanout(out)
 
-        tls = None if tls_cert is None or tls_key is None else server_context(tls_cert, tls_key, tls_client_ca)
-        fanout = Fanout()
+        async def take(connection: Connection) -> None:
+            while batch := await connection.batch():
+                await fanout.forward(batch)
+
         async with contextlib.AsyncExitStack() as stack:
             receiver = None
             if output is not None:
                 receiver = await _receiver(stack, output, framing, fsync, fanout)
-            with _usage():
-                server = PacketServer(
-                    functools.partial(_take, receiver, fanout), framing=make, limits=limits, secret=secret
-                )
-                # One for the others too, so that they end last.
-                others = PacketServer(
-                    functools.partial(_give, fanout, policy.value),
-                    framing=make,
-                    limits=dataclasses.replace(limits, idle=None),
-                    secret=secret,
-                )
+            # One for the subscribers too, so that they end last.
+            server = PacketServer(receiver.handle if receiver else take, framing=make, limits=limits, secret=secret)
+            give = functools.partial(fanout.give, policy=policy.value)
+            unlimited = dataclasses.replace(limits, idle=None)
+            others = PacketServer(give, framing=make, limits=unlimited, secret=secret)
             stop = asyncio.Event()
-            with _on_signals(stop.set):
+            with _on_signals(stop.set), _closings(quiet=quiet):
                 try:
                     for address in listen:
                         _tell(f"listening on {await _listen(server, address, tls)}", quiet=quiet)
@@ -156,8 +180,10 @@ def serve(
         summary |= {"packets": got.packets, "bytes": got.bytes, "batches": got.batches, "senders": sorted(got.senders)}
     if as_json:
         print(json.dumps(summary), flush=True)
-    elif not quiet:
-        _tell(", ".join(f"{key} {value}" for key, value in summary.items() if value), quiet=False)
+    else:
+        names = summary.pop("senders", ())
+        told = [f"{key} {value}" for key, value in summary.items() if value]
+        _tell(", ".join(told + [f"sender {name}" for name in names]) or "nothing came", quiet=quiet)
 
 
 def send(
@@ -199,7 +225,8 @@ def send(
 
         context: ssl.SSLContext | None = None
         if tls or tls_ca is not None or tls_cert is not None:
-            context = client_context(tls_ca, tls_cert, tls_key)
+            with _about(tls_cert or tls_ca or to):
+                context = client_context(tls_ca, tls_cert, tls_key)
         stop = asyncio.Event()
         pause, told = FIRST_PAUSE, ""
         with _on_signals(stop.set):
@@ -209,31 +236,43 @@ def send(
                         paths, to, name=name or socket.gethostname(), follow=follow, tls=context, secret=secret
                     )
                 try:
-                    async with sending:
+                    with _about(to):
+                        if await _until(stop, sending.start()) is None:
+                            return sending.progress, False
+                    try:
                         pause = FIRST_PAUSE
                         if told:
                             _tell(f"{to}: connected again", quiet=quiet)
                             told = ""
-                        return await _until(stop, sending)
-                except RefusedError:
-                    raise
+                        await _until(stop, sending.run(), sending.stop)
+                        return sending.progress, follow or not stop.is_set() or sending.progress.caught_up
+                    finally:
+                        with contextlib.suppress(OffloadError):  # `run` has told
+                            await sending.aclose()
+                except RefusedError as exc:
+                    raise BrokenResourceError(f"{to}: {exc}") from None
                 except (BrokenResourceError, OSError) as exc:
-                    if not retry or stop.is_set():
-                        raise
-                    if told != str(exc):
-                        told = str(exc)
+                    if not retry:
+                        raise exc if isinstance(exc, OSError) else BrokenResourceError(f"{to}: {exc}") from None
+                    if stop.is_set():
+                        return sending.progress, False
+                    if told != (told := getattr(exc, "strerror", None) or str(exc)):
                         _tell(f"{to}: {told}; trying again", quiet=quiet)
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(pause):
                         await stop.wait()
+                if stop.is_set():
+                    return sending.progress, False
                 pause = min(2 * pause, LAST_PAUSE)
 
-    progress, stopped = asyncio.run(run())
+    progress, complete = asyncio.run(run())
     problems = {path: exc.strerror or str(exc) for path, exc in sorted(progress.problems.items())}
     for path, reason in problems.items():
         _tell(f"{path}: {reason}", quiet=False)
     failed = [e for e in progress.problems.values() if not (follow and isinstance(e, FileNotFoundError))]
-    complete = not failed and (follow or not stopped or progress.caught_up)
+    if not complete:
+        _tell("ended before everything was sent; start it again to go on", quiet=False)
+    complete = complete and not failed
     if as_json:
         summary = {"lines": progress.lines, "bytes": progress.bytes, "sources": progress.sources, "complete": complete}
         print(json.dumps(summary), flush=True)
@@ -243,16 +282,21 @@ def send(
         raise typer.Exit(1)
 
 
-async def _until(stop: Any, sending: Any) -> tuple[Progress, bool]:
+async def _until(stop: asyncio.Event, work: Awaitable[R], end: Callable[[], object] | None = None) -> R | None:
+    """What `work` gives; when `stop` is set it is ended by `end`, or cancelled: None."""
     import asyncio
 
-    running = asyncio.ensure_future(sending.run())
+    running = asyncio.ensure_future(work)
     stopping = asyncio.ensure_future(stop.wait())
     try:
         await asyncio.wait([running, stopping], return_when=asyncio.FIRST_COMPLETED)
-        if stop.is_set():
-            sending.stop()
-        return await running, stop.is_set()
+        if not running.done():
+            if end is None:
+                running.cancel()
+                await asyncio.wait([running])
+                return None
+            end()
+        return await running
     finally:
         stopping.cancel()
         await asyncio.wait([stopping])
@@ -264,49 +308,19 @@ async def _receiver(
     from .files.packet_stream import PacketWriter
     from .net.receiver import Receiver
 
-    writer = await stack.enter_async_context(PacketWriter(output, fsync=fsync.value))
+    try:
+        writer = await stack.enter_async_context(PacketWriter(output, fsync=fsync.value))
+    except PacketError as exc:
+        _tell(f"{output}: no packet file, or a damaged one: {exc}; it was not touched", quiet=False)
+        raise typer.Exit(3) from None
     kind: Any = "lines" if framing == "lines" else "packets"
     return Receiver(
         writer, kind=kind, sends=framing == "u32", fanout=fanout, acknowledge_written=fsync is FsyncChoice.none
     )
 
 
-async def _take(receiver: Receiver | None, fanout: Fanout, connection: Any) -> None:
-    """The handler of those who send."""
-    if receiver is not None:
-        await receiver.handle(connection)
-        return
-    while batch := await connection.batch():
-        await fanout.publish([packet.payload for packet in batch])
-
-
-async def _give(fanout: Fanout, policy: Policy, connection: Any) -> None:
-    """The handler of a subscriber."""
-    import asyncio
-
-    with fanout.subscribe(policy) as subscription:
-
-        async def give() -> None:
-            while packets := await subscription.batch():
-                await connection.send_frames([part for p in packets for part in connection.framer.parts(p)])
-
-        async def listen() -> None:
-            while await connection.batch():
-                pass  # what it says is nobody's business, but that it has gone is ours
-
-        tasks = [asyncio.ensure_future(give()), asyncio.ensure_future(listen())]
-        try:
-            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
-                task.result()
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.wait(tasks)
-
-
 async def _listen(server: PacketServer, address: str, tls: ssl.SSLContext | None) -> str:
-    with _usage():
+    with _usage(), _about(address):
         return await server.listen(address, tls=tls)
 
 
@@ -319,6 +333,49 @@ def _usage() -> Iterator[None]:
         raise
     except ValueError as exc:
         raise typer.BadParameter(str(exc)) from None
+
+
+@contextlib.contextmanager
+def _about(what: str | Path) -> Iterator[None]:
+    """An OSError names what it is about, in the system's words."""
+    try:
+        yield
+    except OSError as exc:
+        import ssl
+
+        if isinstance(exc, ssl.SSLError):
+            reason = getattr(exc, "verify_message", "") or (exc.reason or "no certificate and key of PEM that match")
+            exc.strerror = f"TLS: {reason.replace('_', ' ').lower()}"
+        elif exc.errno and not isinstance(exc, socket.gaierror):
+            exc.strerror = os.strerror(exc.errno)
+        else:
+            exc.strerror = exc.strerror or str(exc) or "the connection was closed"
+        exc.filename = exc.filename or str(what)
+        raise
+
+
+@contextlib.contextmanager
+def _closings(*, quiet: bool) -> Iterator[None]:
+    """Tell why connections were closed, at most CLOSINGS a second: a flood of them must not become one of messages."""
+    times: deque[float] = deque(maxlen=CLOSINGS)
+
+    class Tell(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if len(times) == CLOSINGS and record.created - times[0] < 1:
+                return
+            times.append(record.created)
+            _tell(self.format(record), quiet=quiet and record.levelno < logging.WARNING)
+
+    handler, log = Tell(), logging.getLogger("offload")
+    before = log.level, log.propagate
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.level, log.propagate = before
 
 
 def _secret(path: Path | None) -> bytes | None:

@@ -188,32 +188,41 @@ class _Link:
 
     async def _open(self) -> None:
         self._order, self._change = asyncio.Lock(), asyncio.Condition()
+        patience = (self._options["limits"] or Limits()).handshake
         try:
-            self._connection = await self._stack.enter_async_context(
-                connect(self._address, PrefixFramer, **self._options)
-            )
+            connecting = connect(self._address, PrefixFramer, **self._options)
+            connection = self._connection = await self._stack.enter_async_context(connecting)
+            if self._secret is not None:
+                try:
+                    await respond(connection, self._secret)
+                except BrokenResourceError as exc:
+                    raise RefusedError(str(exc)) from exc
+            await connection.send(wire.hello(self._name))
+            while (payload := await self._receive(patience))[:1] != wire.READY:
+                if payload[:1] not in (wire.STATE, wire.FORMER):
+                    raise RefusedError(f"no packet file server for `send`: it said {payload[:40]!r}")
+                self._remote.learn(wire.read_known(payload))
+        except PacketError as exc:
+            await self._stack.aclose()
+            raise RefusedError(f"no packet file server for `send`: {exc}") from exc
         except BaseException:
             await self._stack.aclose()
             raise
-        if self._secret is not None:
-            try:
-                await respond(self._connection, self._secret)
-            except BrokenResourceError as exc:
-                raise RefusedError(str(exc)) from exc
-        await self._connection.send(wire.hello(self._name))
-        while (payload := await self._receive())[:1] != wire.READY:
-            if payload[:1] not in (wire.STATE, wire.FORMER):
-                raise RefusedError(f"{self._address} is no packet file server for `send`: it said {payload[:40]!r}")
-            self._remote.learn(wire.read_known(payload))
         self._reader = asyncio.create_task(self._acknowledged(), name="acknowledgements")
 
-    async def _receive(self) -> bytes:
+    async def _receive(self, patience: float | None = None) -> bytes:
         assert self._connection is not None
-        packet = await self._connection.packet()
+        try:
+            async with asyncio.timeout(patience):
+                packet = await self._connection.packet()
+        except TimeoutError:
+            raise BrokenResourceError(f"no answer for {patience} s; is it `offload serve -o` with u32?") from None
         if packet is None:
-            raise BrokenResourceError(f"{self._address} has ended the connection")
+            raise BrokenResourceError("the server has ended the connection")
+        if packet.payload[:1] == wire.REPLACED:
+            raise RefusedError(f"another sender is called {self._name!r} now; give each a name of its own")
         if packet.payload[:1] == wire.REFUSED:
-            raise BrokenResourceError(f"{self._address} refuses: {packet.payload[1:].decode(errors='replace')}")
+            raise BrokenResourceError(f"the server refuses: {packet.payload[1:].decode(errors='replace')}")
         return packet.payload
 
     async def _acknowledged(self) -> None:

@@ -5,7 +5,8 @@ Promises:
       leaves out the oldest that wait and counts them.
     - A subscriber that does not take costs at most its `max_bytes` and one packet. What happens then is its policy:
       "wait" makes `publish` wait, and so the senders; "drop-oldest" and "disconnect" keep nobody waiting.
-    - A packet is one object, however many wait for it.
+    - A packet is one object, however many wait for it. To a connection it goes in pieces of SEND_BYTES (`give`), so a
+      hundred peers that never read cost one queue together, and each what its socket's buffer takes.
 
 For one loop.
 """
@@ -20,11 +21,14 @@ from typing import Literal, Self
 
 from ..errors import ClosedResourceError, QueueFullError
 from ..packets.codec import Buffer
+from ..packets.framer import Framer, Packet
+from .connection import Connection
 
 Policy = Literal["wait", "drop-oldest", "disconnect"]
 POLICIES: tuple[Policy, ...] = ("wait", "drop-oldest", "disconnect")
 
 MAX_BYTES = 4 << 20
+SEND_BYTES = 64 << 10  # past this a system call's share no longer shows
 ITEM_COST = 64  # bytes that an item costs beside its own
 
 
@@ -47,8 +51,8 @@ class Subscription:
         self._error: QueueFullError | None = None
         self._ended = False
 
-    async def batch(self) -> list[Buffer]:
-        """All packets that wait, at least one; none: the fan-out is closed, and everything was taken.
+    async def batch(self, max_bytes: int | None = None) -> list[Buffer]:
+        """All packets that wait, at least one, or about `max_bytes` of them; none: the fan-out is closed, all taken.
 
         Raises:
             QueueFullError: it was too slow, and its policy is "disconnect".
@@ -64,9 +68,15 @@ class Subscription:
                 await self._waiter
             finally:
                 self._waiter = None
-        batch = list(self._queue)
-        self._queue.clear()
-        self.waiting_bytes = 0
+        if max_bytes is None or self.waiting_bytes <= max_bytes:
+            batch = list(self._queue)
+            self._queue.clear()
+            self.waiting_bytes = 0
+        else:
+            batch, end = [], self.waiting_bytes - max_bytes
+            while self.waiting_bytes > end:
+                batch.append(self._queue.popleft())
+                self.waiting_bytes -= len(batch[-1]) + ITEM_COST
         self._fanout._taken()
         return batch
 
@@ -97,6 +107,10 @@ class Subscription:
         self._ended = True
         self._wake()
 
+    async def _send_to(self, connection: Connection) -> None:
+        while frames := await self.batch(SEND_BYTES):
+            await connection.send_frames(frames)
+
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
@@ -114,11 +128,15 @@ class Subscription:
 class Fanout:
     """Where packets are published, and subscribed to.
 
-    with fanout.subscribe("drop-oldest") as subscription:
-        while packets := await subscription.batch(): ...
+        with fanout.subscribe("drop-oldest") as subscription:
+            while packets := await subscription.batch(): ...
+
+    Args:
+        framer: makes the frames of `forward`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, framer: Framer | None = None) -> None:
+        self._framer = framer
         self._subscriptions: dict[Subscription, None] = {}
         self._room: asyncio.Future[None] | None = None
         self._closed = False
@@ -155,6 +173,40 @@ class Fanout:
         for subscription in list(self._subscriptions):
             subscription.put(packets, size)
 
+    async def forward(self, packets: Sequence[Packet]) -> None:
+        """Publish packets of connections as frames, each encoded once for all subscribers. Waits as `publish`.
+
+        Raises:
+            PacketError: the framing cannot carry one; nothing was published.
+        """
+        assert self._framer is not None, "a fan-out that forwards has a framer"
+        if self._subscriptions:
+            await self.publish([self._framer.forward(packet) for packet in packets])
+
+    async def give(self, connection: Connection, policy: Policy = "wait", *, max_bytes: int = MAX_BYTES) -> None:
+        """Send a connection what is published from now on, until the fan-out is closed or the peer has gone.
+
+        For the handler of a PacketServer; what is published must be frames (`Framer.encode`). What the peer sends is
+        read and left. A peer that reads nothing for `Limits.send` is cut off, whatever its policy.
+
+        Raises:
+            QueueFullError: it was too slow, and its policy is "disconnect".
+            BrokenResourceError, PacketError: as from the connection.
+        """
+        with self.subscribe(policy, max_bytes=max_bytes) as subscription:
+            tasks = [asyncio.ensure_future(subscription._send_to(connection)), asyncio.ensure_future(_read(connection))]
+            try:
+                done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    task.result()
+            except QueueFullError as exc:
+                connection.abort(exc)
+                raise
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.wait(tasks)
+
     def close(self) -> None:
         """Nothing more comes: subscribers take what waits, then their end."""
         self._closed = True
@@ -169,3 +221,9 @@ class Fanout:
     def _leave(self, subscription: Subscription) -> None:
         self._subscriptions.pop(subscription, None)
         self._taken()
+
+
+async def _read(connection: Connection) -> None:
+    """Until the peer has gone; what it says is nobody's business."""
+    while await connection.batch():
+        pass

@@ -9,7 +9,8 @@ Promises:
       connections that wait for it.
     - A frame of `offload send` is taken if it goes on exactly where the file has its source; otherwise the connection
       ends, and the client asks anew. So a frame is in the file once, whoever is killed when.
-    - One connection for each sender's name: a new one ends the old one, which a dead machine may have left behind.
+    - One connection for each sender's name: a new one ends the old one, which a dead machine may have left behind. If
+      it lives it is told, and gives up: two of one name would end each other for ever.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from .fanout import Fanout
 BATCH_BYTES = 8 << 20  # that a client may send before the end of its batch
 PATH_BYTES = 64 << 10
 LAST_BYTE = 1 << 62  # no file has more; sums behind it would not fit their fields
+_GRACE = 1.0  # seconds for a connection that is replaced
 _MESSAGES = frozenset((wire.FRAME, wire.SEEN, wire.BATCH))
 
 
@@ -56,7 +58,8 @@ class Receiver:
         writer: opened; its owner closes it after the server.
         kind: "lines" for packets that are lines of text, else "packets".
         sends: whether `offload send` may connect: u32 framing.
-        fanout: where packets are published too, before they are written; the lines of `offload send` among them.
+        fanout: where packets are forwarded too, before they are written; the lines of `offload send` in blocks, as
+            they came.
         acknowledge_written: do not wait for the disk.
     """
 
@@ -93,7 +96,7 @@ class Receiver:
     async def write(self, name: str, batch: list[Packet]) -> None:
         """Write packets under a peer's name; returns when there is room for more."""
         if self._fanout is not None:
-            await self._fanout.publish([packet.payload for packet in batch])
+            await self._fanout.forward(batch)
         self.received.packets += len(batch)
         self.received.bytes += sum(len(packet.payload) for packet in batch)
         if self._kind == "lines":
@@ -111,9 +114,17 @@ class Receiver:
         gone = asyncio.Event()
         while name in self._senders:
             other, its_end = self._senders[name]
-            other.abort(PacketError(f"another connection sends as {name!r}", 0))
-            await its_end.wait()
+            with contextlib.suppress(OffloadError):
+                other.write_frames(other.framer.parts(wire.REPLACED))
+            other.end()
+            try:
+                async with asyncio.timeout(_GRACE):
+                    await its_end.wait()
+            except TimeoutError:  # it sends to somebody who does not read
+                other.abort(PacketError(f"another connection sends as {name!r}", 0))
+                await its_end.wait()
         self._senders[name] = connection, gone
+        connection.framer.max_packet = max(connection.framer.max_packet, BATCH_BYTES)
         self.received.senders.add(name)
         try:
             source = _Sources(name)
@@ -147,8 +158,8 @@ class Receiver:
                 await self._writer.use(apply)
                 if self._fanout is not None:
                     frames = [item for item in batch if isinstance(item, Frame)]
-                    lines = [f.payload for f in frames if f.header.type is FrameType.LINES]
-                    await self._fanout.publish(lines)
+                    lines = [Packet(f.payload, 0) for f in frames if f.header.type is FrameType.LINES]
+                    await self._fanout.forward(lines)
                 batch, size, batches = [], 0, batches + 1
                 self.received.batches += 1
                 self._acknowledge(connection, batches)

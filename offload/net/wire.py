@@ -8,6 +8,7 @@
                       SEEN   source, head, guard          the bytes that a source is known by
                       BATCH  source, size, mtime, …       ends a batch: it goes into the file in one system call
     server ► client   DURABLE count                       so many batches of this connection are on the disk
+                      REPLACED                        another connection has this name now: do not come back
                       REFUSED text                        why the connection ends
 
 There is no other state: a client that starts, or starts again, learns from the packet file where each source stands.
@@ -27,7 +28,7 @@ from ..packets.format import ENTRY_STRUCT, Flag, FrameType
 
 HELLO_MAGIC = b"\xffoffload send 1\0"  # 0xFF and NUL: no pickle, no text begins so
 NAME_BYTES = 255
-STATE, FORMER, READY, DURABLE, REFUSED = b"S", b"G", b"R", b"D", b"E"
+STATE, FORMER, READY, DURABLE, REPLACED, REFUSED = b"S", b"G", b"R", b"D", b"T", b"E"
 FRAME, SEEN, BATCH = b"F", b"N", b"B"
 
 _SEEN = struct.Struct("<IHH")

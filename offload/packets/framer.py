@@ -188,6 +188,10 @@ class Framer(ABC):
             PacketError: this framing cannot carry it (a line end inside a line).
         """
 
+    def forward(self, packet: Packet) -> bytes:
+        """The frame of a packet that came in the same framing, its other fields with it; errors as for `parts`."""
+        return self.encode(packet.payload)
+
     def encode(self, payload: Buffer, *fields: Any) -> bytes:
         """The frame of a payload as one; arguments and errors as for `parts`."""
         return b"".join(self.parts(payload, *fields))

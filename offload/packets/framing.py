@@ -268,6 +268,10 @@ class PrefixFramer(_CountedFramer):
             return header, digest, payload
         return (header, payload, digest) if self._tail_bytes else (header, payload)
 
+    def forward(self, packet: Packet) -> bytes:
+        ours = {self._size_at, self._digest_at, 0 if self._mark else None}
+        return self.encode(packet.payload, *(f for place, f in enumerate(packet.fields) if place not in ours))
+
     def _open(self, data: memoryview | bytearray, at: int, end: int) -> tuple[int, int]:
         if self._mark and (found := bytes(data[at : min(end, at + len(self._mark))])) != self._mark[: end - at]:
             raise Fault(f"found {found.hex(' ')}, expected the magic {self._mark.hex(' ')}")

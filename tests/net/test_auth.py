@@ -132,6 +132,52 @@ async def test_silent_client_does_not_keep_a_handshake_open(certificates: Path) 
             await writer.wait_closed()
 
 
+async def test_unfinished_handshakes_count_as_connections(certificates: Path) -> None:
+    """Clients that only begin a TLS handshake cannot be more than the limit of connections; then others get in."""
+    tls = server_context(certificates / "server.pem", certificates / "server.key")
+    mine = client_context(certificates / "ca.pem")
+    async with PacketServer(Handler(), limits=Limits(connections=2, handshake=0.5)) as server:
+        address = await server.listen("127.0.0.1:0", tls=tls)
+        async with contextlib.AsyncExitStack() as stack:
+            silent = [await asyncio.open_connection("127.0.0.1", port_of(address)) for _ in range(3)]
+            for _, writer in silent:
+                stack.callback(writer.close)
+            closed = [asyncio.ensure_future(reader.read()) for reader, _ in silent]
+            done, _ = await asyncio.wait(closed, return_when=asyncio.FIRST_COMPLETED)
+            assert len(done) == 1
+            assert (server.stats.refused, server.stats.open) == (1, 2)
+            await asyncio.wait(closed)  # the handshake's limit
+            for task in closed:
+                task.exception()
+        while server.stats.open:  # noqa: ASYNC110 - has no event
+            await asyncio.sleep(0.001)
+        async with connect(address, PrefixFramer, tls=mine) as connection:
+            await connection.send(b"in")
+            assert await connection.packet() is not None
+    assert (server.stats.refused, server.stats.accepted) == (3, 1)
+
+
+async def test_client_that_leaves_within_the_handshake_is_forgotten(
+    certificates: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A client that goes in the middle of the TLS handshake leaves nothing behind, and the log says why it failed."""
+    caplog.set_level(logging.INFO, "offload")
+    tls = server_context(certificates / "server.pem", certificates / "server.key")
+    async with PacketServer(Handler()) as server:
+        port = port_of(await server.listen("127.0.0.1:0", tls=tls))
+        for begin in (b"", b"\x16\x03\x01\x02\x00\x01"):
+            _, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(begin)
+            await asyncio.sleep(0)
+            writer.close()
+            await writer.wait_closed()
+        async with asyncio.timeout(30):
+            while server.stats.refused < 2 or server.connections:  # noqa: ASYNC110 - has no event
+                await asyncio.sleep(0.001)
+    assert server.stats.open == 0
+    assert caplog.text.count("TLS handshake failed") == 2
+
+
 # --- the challenge ----------------------------------------------------------------------------------------------------
 
 
@@ -140,8 +186,7 @@ async def test_who_knows_the_secret_gets_in(framing: type[PrefixFramer]) -> None
     """With the secret, packets pass, up to the usual size, in every framing."""
     handler = Handler()
     server = PacketServer(handler, framing=framing, secret=SECRET)
-    async with server, connect(await server.listen("127.0.0.1:0"), framing) as connection:
-        await respond(connection, SECRET)
+    async with server, connect(await server.listen("127.0.0.1:0"), framing, secret=SECRET) as connection:
         await connection.send(b"x" * 100_000)
         packet = await connection.packet()
         assert packet is not None

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import socket
+import tracemalloc
 from collections import deque
+from functools import partial
 
 import pytest
 from hypothesis import settings
@@ -13,11 +17,12 @@ from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_a
 from offload.errors import BrokenResourceError, ClosedResourceError, QueueFullError
 from offload.net.connection import Connection
 from offload.net.dial import connect
-from offload.net.fanout import ITEM_COST, POLICIES, Fanout, Policy, Subscription
+from offload.net.fanout import ITEM_COST, POLICIES, SEND_BYTES, Fanout, Policy, Subscription
 from offload.net.limits import Limits
 from offload.net.server import PacketServer
 from offload.packets.codec import Buffer
-from offload.packets.framing import LineFramer, PrefixFramer
+from offload.packets.framer import Packet
+from offload.packets.framing import LineFramer, PrefixFramer, framer_factory
 
 
 async def all_of(subscription: Subscription) -> list[Buffer]:
@@ -237,3 +242,74 @@ async def test_encoded_frames_are_made_once_for_all() -> None:
     with fanout.subscribe() as one, fanout.subscribe() as two:
         await fanout.publish([framer.encode(b"line")])
         assert (await one.batch())[0] is (await two.batch())[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", POLICIES)
+async def test_a_hundred_that_never_read_cost_one_queue(policy: Policy) -> None:
+    """Memory for a hundred subscribers that read nothing stays within one queue and each one's socket buffer."""
+    asyncio.get_running_loop().set_debug(False)
+    bound, each, count = 2 << 20, 50_000, 200
+    fanout = Fanout(PrefixFramer())
+    handler = partial(fanout.give, policy=policy, max_bytes=bound)
+    server = PacketServer(handler, limits=Limits(send=None))
+    async with contextlib.AsyncExitStack() as stack:
+        address = await server.listen("127.0.0.1:0")
+        for _ in range(100):
+            silent = await stack.enter_async_context(connect(address, PrefixFramer))
+            silent.hold("the test")
+            assert silent._transport is not None
+            silent._transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        while len(fanout) < 100:  # noqa: ASYNC110 - subscribed when the server's tasks have run
+            await asyncio.sleep(0.001)
+        tracemalloc.start()
+        try:
+            publishing = asyncio.ensure_future(publish(fanout, each, count))
+            if policy == "wait":
+                while not all(s.full for s in fanout._subscriptions):  # noqa: ASYNC110 - as above
+                    await asyncio.sleep(0.001)
+                assert not publishing.done()
+            else:
+                await publishing
+            held, _ = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        if policy == "wait":
+            publishing.cancel()
+            await asyncio.wait([publishing])
+        await server.aclose()
+    # The queues share their packets; what a socket has not taken is a slice, and up to a slice under way.
+    assert held <= 1.1 * bound + 100 * 3 * (SEND_BYTES + each)
+
+
+async def publish(fanout: Fanout, each: int, count: int) -> None:
+    for number in range(count):
+        await fanout.forward([Packet(b"%06d" % number + bytes(each), 0)])
+        await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("text", ["u32", "octet", "lines", ">HB,size=0,counts=header", "<4sIH,size=1,magic=OFF1,crc32"])
+async def test_packets_are_forwarded_as_they_came(text: str) -> None:
+    """A subscriber gets the very bytes that a sender sent, header fields, magic and digest among them."""
+    make = framer_factory(text)
+    fields = {">": (7,), "<": (513,)}.get(text[0], ())
+    stream = b"".join(make().encode(b"packet %d" % number, *fields) for number in range(3))
+    fanout = Fanout(make())
+    with fanout.subscribe() as subscription:
+        await fanout.forward(make().feed(stream))
+        assert b"".join(await subscription.batch()) == stream
+
+
+async def test_batches_have_the_size_that_was_asked_for() -> None:
+    """What waits can be taken piece by piece: in order, and all of it."""
+    fanout = Fanout()
+    with fanout.subscribe() as subscription:
+        packets = [b"%03d" % n + bytes(1000) for n in range(100)]
+        await fanout.publish(packets)
+        fanout.close()
+        got: list[list[Buffer]] = []
+        while batch := await subscription.batch(10_000):
+            got.append(batch)
+    assert [packet for batch in got for packet in batch] == packets
+    assert {len(batch) for batch in got[:-1]} == {10}
+    assert subscription.waiting_bytes == 0

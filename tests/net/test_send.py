@@ -29,6 +29,7 @@ from offload.net import client as module
 from offload.net import wire
 from offload.net.client import RefusedError, Send
 from offload.net.dial import connect
+from offload.net.limits import Limits
 from offload.net.receiver import Receiver
 from offload.net.server import PacketServer
 from offload.packets.codec import SourceInfo, encode
@@ -58,7 +59,7 @@ class Collector:
     async def __aenter__(self) -> Collector:
         self.writer = await self._stack.enter_async_context(PacketWriter(self.packet))
         self.receiver = Receiver(self.writer, sends=True)
-        self.server = PacketServer(self.receiver.handle, max_packet=4 << 20, **self._options)
+        self.server = PacketServer(self.receiver.handle, **{"max_packet": 4 << 20, **self._options})
         self.address = await self.server.listen(self.address)
         return self
 
@@ -197,9 +198,31 @@ async def test_new_connection_takes_the_name_of_a_dead_one(tmp_path: Path) -> No
         running = asyncio.ensure_future(first.run())
         await until(lambda: collector.receiver.received.batches == 1)
         await send([str(log)], collector.address)
-        with pytest.raises(BrokenResourceError):
+        with pytest.raises(RefusedError, match="another sender is called 'me' now"):
             await running
     assert list(told(tmp_path / "out.opk", tmp_path / "back").values()) == [b"one\n"]
+
+
+async def test_server_that_does_not_answer_is_given_up(tmp_path: Path) -> None:
+    """A server that takes the connection and says nothing does not keep `start` for ever."""
+
+    async def silent(connection: Any) -> None:
+        while await connection.batch():
+            pass
+
+    async with PacketServer(silent) as server:
+        limits = Limits(handshake=0.05)
+        with pytest.raises(BrokenResourceError, match=r"no answer for 0\.05 s"):
+            await send([str(tmp_path)], await server.listen("127.0.0.1:0"), limits=limits)
+
+
+async def test_small_limit_for_packets_is_none_for_send(tmp_path: Path) -> None:
+    """The server's limit for packets is for plain clients: the frames of `offload send` have one of their own."""
+    log = tmp_path / "a.log"
+    log.write_bytes(b"x" * 99_999 + b"\n")
+    async with Collector(tmp_path / "out.opk", max_packet=1000) as collector:
+        await send([str(log)], collector.address)
+    assert list(told(tmp_path / "out.opk", tmp_path / "back").values()) == [log.read_bytes()]
 
 
 async def test_window_bounds_what_is_under_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,7 +271,7 @@ async def test_server_that_is_none_is_refused(tmp_path: Path) -> None:
         await connection.batch()
 
     async with PacketServer(other) as server:
-        with pytest.raises(RefusedError, match="is no packet file server for `send`: it said b'220 mail"):
+        with pytest.raises(RefusedError, match="no packet file server for `send`: it said b'220 mail"):
             await send([str(tmp_path)], await server.listen("127.0.0.1:0"))
 
 

@@ -14,6 +14,7 @@ import tracemalloc
 from collections.abc import AsyncIterator, Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -534,6 +535,54 @@ async def test_taken_address_is_an_os_error() -> None:
         address = await one.listen("127.0.0.1:0")
         with pytest.raises(OSError, match="address already in use"):
             await two.listen(address)
+
+
+async def test_unix_socket_in_use_is_not_taken_away(tmp_path: Path) -> None:
+    """A Unix socket somebody listens on is in use; one left over from a killed server is not; each unlinks its own."""
+    path = tmp_path / "socket"
+    async with PacketServer(echo) as one, PacketServer(echo) as two:
+        with socket.socket(socket.AF_UNIX) as killed:
+            killed.bind(str(path))
+        await one.listen(f"unix:{path}")
+        with pytest.raises(OSError, match="already in use"):
+            await two.listen(f"unix:{path}")
+        path.unlink()
+        await two.listen(f"unix:{path}")
+        await one.aclose()
+        async with connect(f"unix:{path}", PrefixFramer) as connection:
+            await connection.send(b"to the second")
+            assert await connection.packet() is not None
+    assert not path.exists()
+
+
+async def test_dead_machines_are_asked_for() -> None:
+    """The system asks a silent peer whether it lives: one that was unplugged does not stay for ever."""
+    async with PacketServer(echo) as server, connect(await server.listen("127.0.0.1:0"), PrefixFramer) as connection:
+        await until(lambda: bool(server.connections))
+        for one in (connection, *server.connections):
+            assert one._transport is not None
+            sock = one._transport.get_extra_info("socket")
+            assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+
+
+@pytest.mark.parametrize("wrong", [{"connections": 0}, {"total_bytes": -1}, {"idle": 0.0}, {"handshake": float("nan")}])
+def test_limits_that_let_nobody_in_are_refused(wrong: dict[str, Any]) -> None:
+    """A limit of nothing is a mistake."""
+    with pytest.raises(ValueError, match="expected more than 0"):
+        Limits(**wrong)
+
+
+async def test_skipped_packets_are_counted() -> None:
+    """With on_error="skip" a wrong digest leaves its packet out, and the connection goes on."""
+    framing = partial(PrefixFramer, "!I", digest="crc32")
+    frame = framing().encode(b"good")
+    async with PacketServer(echo, framing=framing, on_error="skip") as server:
+        async with stream(await server.listen("127.0.0.1:0")) as (reader, writer):
+            writer.write(frame + frame[:-1] + b"?" + frame)
+            writer.write_eof()
+            assert await reader.read() == frame * 2
+        await until(lambda: server.stats.open == 0)
+    assert (server.stats.skipped, server.stats.bad) == (1, 0)
 
 
 # --- many -------------------------------------------------------------------------------------------------------------
