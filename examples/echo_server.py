@@ -7,23 +7,19 @@ that wait (then it is not read), the size of one, the time for one to become who
 import asyncio
 import random
 
-from offload.net.connection import Connection
-from offload.net.dial import connect
-from offload.net.limits import Limits
-from offload.net.server import PacketServer
-from offload.packets.framing import PrefixFramer
+import offload
 
 
-async def echo(connection: Connection) -> None:
+async def echo(connection: offload.Connection) -> None:
     async for packet in connection:
         await connection.send(packet.payload)
 
 
 async def main() -> None:
-    limits = Limits(connections=100, connection_bytes=1 << 20, packet=10.0)
-    async with PacketServer(echo, framing=PrefixFramer, limits=limits, max_packet=100_000) as server:
+    limits = offload.Limits(connections=100, connection_bytes=1 << 20, packet=10.0)
+    async with offload.PacketServer(echo, framing=offload.PrefixFramer, limits=limits, max_packet=100_000) as server:
         address = await server.listen("127.0.0.1:0")
-        async with connect(address, PrefixFramer) as connection:
+        async with offload.connect(address, offload.PrefixFramer) as connection:
             payloads = [random.randbytes(random.randrange(2000)) for _ in range(1000)]
 
             async def talk() -> None:

@@ -8,35 +8,32 @@ side, not the proxy's memory.
 
 import asyncio
 
-from offload.net.connection import Connection
-from offload.net.dial import connect
-from offload.net.server import PacketServer
-from offload.packets.framing import LineFramer
+import offload
 
 
-async def shout(connection: Connection) -> None:
+async def shout(connection: offload.Connection) -> None:
     """The server behind."""
     async for packet in connection:
         await connection.send(packet.payload.upper())
 
 
-async def pass_on(source: Connection, target: Connection) -> None:
+async def pass_on(source: offload.Connection, target: offload.Connection) -> None:
     async for packet in source:
         await target.send(packet.payload)
     target.send_eof()
 
 
 async def main() -> None:
-    behind = PacketServer(shout, framing=LineFramer)
+    behind = offload.PacketServer(shout, framing=offload.LineFramer)
     address = await behind.listen("127.0.0.1:0")
 
-    async def proxy(connection: Connection) -> None:
-        async with connect(address, LineFramer) as onward, asyncio.TaskGroup() as group:
+    async def proxy(connection: offload.Connection) -> None:
+        async with offload.connect(address, offload.LineFramer) as onward, asyncio.TaskGroup() as group:
             group.create_task(pass_on(connection, onward))
             group.create_task(pass_on(onward, connection))
 
-    front = PacketServer(proxy, framing=LineFramer)
-    async with behind, front, connect(await front.listen("127.0.0.1:0"), LineFramer) as connection:
+    front = offload.PacketServer(proxy, framing=offload.LineFramer)
+    async with behind, front, offload.connect(await front.listen("127.0.0.1:0"), offload.LineFramer) as connection:
         for word in (b"one", b"two", b"three"):
             await connection.send(word)
             packet = await connection.packet()

@@ -41,6 +41,20 @@ if TYPE_CHECKING:
     from .loops.thread import LoopThread as LoopThread
     from .merge.engine import Merge as Merge
     from .merge.sources import Sources as Sources
+    from .net.auth import client_context as client_context
+    from .net.auth import server_context as server_context
+    from .net.client import Send as Send
+    from .net.connection import Connection as Connection
+    from .net.dial import connect as connect
+    from .net.fanout import Fanout as Fanout
+    from .net.limits import Limits as Limits
+    from .net.server import PacketServer as PacketServer
+    from .net.server import ServerStats as ServerStats
+    from .packets.framer import Framer as Framer
+    from .packets.framer import Packet as Packet
+    from .packets.framing import LineFramer as LineFramer
+    from .packets.framing import OctetFramer as OctetFramer
+    from .packets.framing import PrefixFramer as PrefixFramer
 
 _WHERE = {
     # loops
@@ -69,6 +83,22 @@ _WHERE = {
     # merge
     "Merge": "merge.engine",
     "Sources": "merge.sources",
+    # packets
+    "Framer": "packets.framer",
+    "LineFramer": "packets.framing",
+    "OctetFramer": "packets.framing",
+    "Packet": "packets.framer",
+    "PrefixFramer": "packets.framing",
+    # net
+    "Connection": "net.connection",
+    "Fanout": "net.fanout",
+    "Limits": "net.limits",
+    "PacketServer": "net.server",
+    "Send": "net.client",
+    "ServerStats": "net.server",
+    "client_context": "net.auth",
+    "connect": "net.dial",
+    "server_context": "net.auth",
     # errors
     "BrokenResourceError": "errors",
     "BusyResourceError": "errors",
@@ -88,31 +118,45 @@ __all__ = [
     "CallState",
     "Calls",
     "ClosedResourceError",
+    "Connection",
     "DeadlockError",
+    "Fanout",
     "FileSink",
     "ForkedError",
+    "Framer",
     "Handle",
+    "Limits",
+    "LineFramer",
     "LogHandler",
     "LoopThread",
     "Merge",
+    "OctetFramer",
     "OffloadError",
+    "Packet",
     "PacketError",
     "PacketReader",
+    "PacketServer",
     "PacketTooLargeError",
     "PacketWriter",
+    "PrefixFramer",
     "QueueFullError",
     "Resource",
     "Rotation",
+    "Send",
+    "ServerStats",
     "Service",
     "SinkStats",
     "SlowCallbackDetector",
     "Sources",
     "Stats",
     "__version__",
+    "client_context",
+    "connect",
     "may_block",
     "method",
     "open",
     "run",
+    "server_context",
     "watch",
 ]
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 ALONE = 5.0  # seconds
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Limits:
     """What peers may use. Sizes in bytes, times in seconds (None: for ever).
 

@@ -229,7 +229,7 @@ class PrefixFramer(_CountedFramer):
             raise ValueError(f"magic is {len(magic)} bytes, expected a first field of so many in {header!r}")
         self._digest = None if digest is None else _digest(digest, "<" if header[:1] == "<" else ">")
         self._check_digest = check_digest
-        digest_bytes = 0 if self._digest is None else len(self._digest(b""))
+        digest_bytes = 0 if digest is None else _digest_bytes(digest)
         self._digest_at: int | None = None
         if digest is not None and isinstance(digest_place, int):
             self._digest_at = _field(fields, digest_place, "digest", int, bytes)
@@ -453,6 +453,11 @@ def _digest(digest: Digest, order: str) -> Callable[[Buffer], bytes]:
     if not made.digest_size:
         raise ValueError(f"digest is {digest!r}, which has no size of its own; give a function")
     return lambda payload: hashlib.new(digest, payload).digest()
+
+
+@functools.lru_cache(maxsize=64)  # a digest may be costly, and a server makes a framer for each connection
+def _digest_bytes(digest: Digest) -> int:
+    return len(_digest(digest, ">")(b""))
 
 
 def _number(value: int, size: int, byteorder: Literal["little", "big"]) -> bytes:

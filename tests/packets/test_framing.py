@@ -182,6 +182,28 @@ def test_fields_and_digest_come_with_the_packet() -> None:
     assert (packet.payload, packet.digest) == (b"x", bytes(16))
 
 
+def test_costly_digest_is_not_called_for_each_framer() -> None:
+    """A server makes a framer for each connection, on its loop: only the first asks the digest for its size."""
+    calls: list[bytes] = []
+
+    def digest(payload: bytes) -> bytes:
+        calls.append(payload)
+        return b"four"
+
+    for _ in range(3):
+        PrefixFramer("!I", digest=digest)
+    assert calls == [b""]
+
+
+@every_framing
+def test_forwarded_packet_has_the_frame_that_it_came_in(name: str) -> None:
+    """`forward` makes the very bytes of which the packet was made, also where a header has other fields."""
+    stream, expected = stream_of(name, carried(name, PAYLOADS))
+    packets = FRAMINGS[name]().feed(stream)
+    assert len(packets) == len(expected)
+    assert b"".join(map(FRAMINGS[name]().forward, packets)) == stream
+
+
 def test_sizes_count_what_they_are_said_to_count() -> None:
     """A size counts the payload, or the header too, or the digest too."""
     assert PrefixFramer("!I").encode(b"abc") == b"\0\0\0\x03abc"

@@ -9,6 +9,7 @@ import queue
 import sqlite3
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
+from functools import partial
 from typing import assert_type
 
 import offload
@@ -155,6 +156,36 @@ async def files(path: str) -> None:
     assert_type(await opened.write("text"), int)
     await offload.open(path, 5)  # error: call-overload / reportCallIssue,reportArgumentType
     logging.getLogger().addHandler(offload.LogHandler(path, level="INFO"))
+
+
+async def streams(path: str, secret: bytes) -> None:
+    async def echo(connection: offload.Connection) -> None:
+        async for packet in connection:
+            assert_type(packet, offload.Packet)
+            await connection.send(packet.payload)
+
+    limits = offload.Limits(connections=10, idle=None)
+    framing = partial(offload.PrefixFramer, ">HI", digest="sha256")
+    async with offload.PacketServer(echo, framing=framing, limits=limits, secret=secret, max_packet=10) as server:
+        address = await server.listen("127.0.0.1:0", tls=offload.server_context(path, path))
+        assert_type(address, str)
+        assert_type(server.stats, offload.ServerStats)
+        async with offload.connect(address, offload.LineFramer, tls=offload.client_context(path)) as connection:
+            assert_type(await connection.batch(), list[offload.Packet])
+            assert_type(await connection.packet(), offload.Packet | None)
+            await connection.send("text")  # error: arg-type / reportArgumentType
+        await server.listen(7000)  # error: arg-type / reportArgumentType
+    fanout = offload.Fanout(offload.OctetFramer())
+    with fanout.subscribe("drop-oldest") as subscription:
+        print(await subscription.batch())
+    fanout.subscribe("drop")  # error: arg-type / reportArgumentType
+    offload.PacketServer(print)  # error: arg-type / reportArgumentType
+    offload.PrefixFramer(on_error="ignore")  # error: arg-type / reportArgumentType
+    offload.Limits(10)  # error: misc,call-arg / reportCallIssue
+    assert_type(offload.OctetFramer().feed(b"3 abc"), list[offload.Packet])
+    async with offload.Send([path], "host:7000", name="me") as send:
+        assert_type((await send.run()).lines, int)
+    offload.Send([path], "host:7000")  # error: call-arg / reportCallIssue
 
 
 def errors(call: offload.Call[int]) -> None:
