@@ -336,7 +336,7 @@ class Connection(asyncio.BufferedProtocol):
     def _accept(self, packets: list[Packet]) -> None:
         self._hold_bytes(self.framer.held_bytes)
         if packets:
-            cost = sum(map(_cost, packets))
+            cost = sum([len(packet[0]) for packet in packets]) + PACKET_COST * len(packets)  # [0]: the payload
             self._queue.extend(packets)
             self._queued += cost
             self._budget.used += cost
