@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import faulthandler
 import hashlib
 import hmac
@@ -20,7 +21,7 @@ import textwrap
 import threading
 import zlib
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures import Future as ThreadFuture
 from functools import partial
 from multiprocessing import get_context, resource_tracker
@@ -34,7 +35,8 @@ from hypothesis import strategies as st
 from offload.errors import BrokenResourceError, ClosedResourceError, DeadlockError, QueueFullError
 from offload.loops import LoopThread
 from offload.verify import Check, Digest, Verdict, Verifier
-from offload.verify.order import BURST, PACKET_BYTES, SETTLE, Order
+from offload.verify.check import PACKET_BYTES
+from offload.verify.order import BURST, SETTLE, Order
 
 Workers = Any
 EVERYWHERE = ["threads", pytest.param("processes", marks=pytest.mark.slow), "cooperative"]
@@ -60,12 +62,11 @@ def watchdog() -> Iterator[None]:
 def nothing_left() -> Iterator[None]:
     """After the test there are no more threads, processes and shared memory than before."""
     folder = Path("/dev/shm")
-    shared = set(folder.glob("psm_*")) if folder.is_dir() else set()
     threads = set(threading.enumerate())
     yield
     assert [thread.name for thread in set(threading.enumerate()) - threads] == []
     assert multiprocessing.active_children() == []
-    assert set(folder.glob("psm_*")) <= shared
+    assert list(folder.glob(f"offload_{os.getpid()}_*")) == []
 
 
 class Gate:
@@ -491,6 +492,232 @@ async def test_executor_that_was_shut_down_fails_each_packet() -> None:
         assert isinstance(raised.value.__cause__, RuntimeError)
 
 
+# --- small digests, in the call itself --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", ["threads", "cooperative"])
+async def test_small_digest_is_there_at_once(workers: Workers) -> None:
+    """With nothing before it, a small packet is digested in the call, and counted."""
+    async with Verifier("sha256", workers=workers) as verifier:
+        check = verifier.check(b"x", hashlib.sha256(b"x").digest())
+        assert check.done()
+        assert check.result()
+        assert not verifier.check(b"x", b"").result()
+        assert verifier.stats() == (0, 0, 0, 2, 0, 0)
+        await turns(2)
+        assert verifier.stats() == (0, 0, 0, 2, 0, 0)
+
+
+async def test_small_digest_overtakes_nobody(gate: Gate) -> None:
+    """Behind a large packet, small ones wait for their turn, also when its result is on its way."""
+    done: list[int] = []
+    async with Verifier("sha256", count=1) as verifier:
+        verifier._places[0].thread.post(lambda: gate(b""))
+        await gate.begun()
+        checks = [verifier.digest(packet) for packet in (LARGE, b"1", b"2")]
+        for number, check in enumerate(checks):
+            check.add_done_callback(lambda _, number=number: done.append(number))  # type: ignore[misc]
+        await turns()
+        assert [check.done() for check in checks] == [False] * 3
+        gate.open()
+        while verifier.stats().in_flight:  # the results may be on their way, not yet on this loop
+            pass
+        checks.append(verifier.digest(b"3"))
+        checks[3].add_done_callback(lambda _: done.append(3))
+        await checks[3]
+        await turns(1)
+    assert done == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("wrong", ["text", 7, None])
+async def test_small_digest_and_what_it_cannot_be_compared_with(wrong: Any) -> None:
+    """An error in the comparison reaches the caller by the check, as it does for large packets."""
+    async with Verifier("sha256") as verifier:
+        for packet in (b"", LARGE):
+            check = verifier.check(packet, wrong)
+            with pytest.raises(TypeError):
+                await check
+        assert verifier.stats()[3:5] == (2, 2)
+
+
+@pytest.mark.parametrize("workers", ["threads", "cooperative"])
+async def test_who_only_awaits_small_digests_gives_way(workers: Workers) -> None:
+    """A caller with thousands of small packets, who awaits each result, lets others run."""
+    count = 0
+
+    async def others() -> None:
+        nonlocal count
+        while True:
+            count += 1
+            await asyncio.sleep(0)
+
+    async with Verifier("md5", workers=workers) as verifier:
+        task = asyncio.create_task(others())
+        for _ in range(5 * BURST):
+            await verifier.digest(b"x")
+        task.cancel()
+    assert count >= 3
+
+
+# --- context variables ------------------------------------------------------------------------------------------------
+
+user: contextvars.ContextVar[str] = contextvars.ContextVar("user", default="nobody")
+
+
+def who(packet: bytes) -> str:
+    name = user.get()
+    user.set(f"{name}, changed")
+    return name
+
+
+@pytest.mark.parametrize("workers", ["threads", "cooperative"])
+async def test_context_variables_of_the_caller_go_in(workers: Workers) -> None:
+    """Each packet's function sees its own caller's variables, as they were at the call; what it sets stays inside."""
+
+    def ask(name: str) -> Check[str]:
+        user.set(name)
+        check = verifier.digest(b"")
+        user.set("later")
+        return check
+
+    def submit(name: str) -> ThreadFuture[str]:
+        user.set(name)
+        return verifier.submit(b"")
+
+    async with Verifier(who, workers=workers, count=1) as verifier, LoopThread("elsewhere") as elsewhere:
+        checks = [contextvars.copy_context().run(ask, name) for name in ("anna", "bert", "carl")]
+        assert await asyncio.gather(*checks) == ["anna", "bert", "carl"]
+        assert await asyncio.wrap_future(await elsewhere.call(submit, "dora")) == "dora"
+        assert await verifier.digest(b"") == "nobody"
+    assert user.get() == "nobody"
+
+
+# --- plain threads ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [*EVERYWHERE, "executor"])
+def test_plain_threads_and_no_loop(workers: Workers) -> None:
+    """In a program without a loop, threads submit packets of all sizes, and each gets its results in order."""
+    sizes = [10, 300_000, 10, 5000, 0, 70_000] * 6
+    came: dict[int, list[int]] = {1: [], 2: [], 3: []}
+
+    def use(me: int) -> list[Verdict[bytes]]:
+        submissions = []
+        for number, size in enumerate(sizes):
+            packet = b"%d" % me * size
+            submission = verifier.submit(packet, hashlib.sha256(packet).digest())
+            submission.add_done_callback(lambda _, number=number: came[me].append(number))  # type: ignore[misc]
+            submissions.append(submission)
+            verifier.wait_room()
+        return [submission.result() for submission in submissions]
+
+    with contextlib.ExitStack() as stack:
+        kind = stack.enter_context(ThreadPoolExecutor(2)) if workers == "executor" else workers
+        verifier = stack.enter_context(Verifier("sha256", workers=kind, count=2, max_bytes=500_000))
+        threads = stack.enter_context(ThreadPoolExecutor(3))
+        assert all(all(verdicts) for verdicts in threads.map(use, came))
+    assert list(came.values()) == [list(range(len(sizes)))] * 3
+    assert verifier.stats() == (0, 0, 0, 3 * len(sizes), 0, 0)
+    with pytest.raises(ClosedResourceError, match=r"^'verifier' is closed$"):
+        verifier.submit(b"")
+
+
+def test_submission_of_a_small_packet_waits_for_its_turn(gate: Gate) -> None:
+    """A small digest is done in the thread that submits it, and given out after what that submitted before."""
+    with Verifier("sha256", count=1) as verifier:
+        assert verifier.submit(b"").done()
+        verifier._places[0].thread.post(lambda: gate(b""))
+        gate.entered.result()
+        large, small = verifier.submit(LARGE), verifier.submit(b"x")
+        assert (large.done(), small.done()) == (False, False)
+        gate.open()
+        assert small.result() == hashlib.sha256(b"x").digest()
+        assert large.done()
+
+
+def test_submission_is_cancelled_while_it_waits(gate: Gate) -> None:
+    """One that waits is never looked at, and `wait` hears of it; one that a worker has is not cancelled."""
+    with Verifier(gate, count=1) as verifier:
+        one = verifier.submit(b"one")
+        gate.entered.result()
+        two, three = verifier.submit(b"two"), verifier.submit(b"three")
+        assert (one.cancel(), two.cancel(), two.cancel()) == (False, True, True)
+        assert two.cancelled()
+        assert verifier.stats().bytes_in_flight == 2 * PACKET_BYTES + len(b"onethree")
+        gate.open()
+        assert wait([one, two, three]).not_done == set()
+        assert (one.result(), three.result(), one.cancel()) == (b"one", b"three", False)
+    assert gate.seen == [b"one", b"three"]
+
+
+def test_submission_of_what_raises(gate: Gate) -> None:
+    """Its error reaches the thread that submitted it, and only that packet."""
+
+    def fail(packet: bytes) -> bytes:
+        if packet:
+            raise ValueError("no good")
+        return packet
+
+    for workers in anything(["threads", "cooperative"]):
+        with Verifier(fail, workers=workers) as verifier:
+            bad, good = verifier.submit(b"x"), verifier.submit(b"")
+            assert (str(bad.exception()), good.result()) == ("no good", b"")
+
+
+def test_wait_room(gate: Gate) -> None:
+    """A thread waits while too much is in flight, with a limit if it likes, and is refused if it asked for that."""
+    with Verifier(gate, count=1, max_bytes=1000) as verifier:
+        first = verifier.submit(bytes(5000))
+        gate.entered.result()
+        with pytest.raises(TimeoutError, match=r"5512 bytes are still in flight after 0\.0 s, the bound is 1000"):
+            verifier.wait_room(0.0)
+        assert verifier._order._rooms == {}
+        with pytest.raises(QueueFullError, match="5512 bytes are in flight, 513 more"):
+            verifier.submit(b"x", nowait=True)
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(verifier.wait_room)
+            gate.open()
+            assert waiting.result() is None
+        assert first.done()
+
+
+def test_wait_room_on_a_thread_that_would_make_it(gate: Gate) -> None:
+    """A function that waits for room on its own thread would wait for ever, and is told."""
+
+    def greedy(packet: bytes) -> None:
+        verifier.submit(bytes(2000))
+        verifier.wait_room()
+
+    with Verifier(greedy, count=1, max_bytes=1000) as verifier:
+        error = verifier.submit(b"x").exception()
+    assert isinstance(error, DeadlockError)
+    assert str(error) == "'verifier' cannot wait for room on its own thread; submit from another one"
+
+
+@pytest.mark.parametrize("workers", ["threads", "cooperative"])
+def test_close_without_a_loop_does_what_a_loop_left(workers: Workers) -> None:
+    """Closed by a plain thread, it does what a loop that stands still asked for, and that finds the results."""
+
+    async def ask(verifier: Verifier[bytes]) -> list[Check[bytes]]:
+        return [verifier.digest(packet) for packet in packets]
+
+    async def answers(checks: list[Check[bytes]]) -> list[bytes]:
+        return [await check for check in checks]
+
+    packets = [LARGE, *[b"%d" % number for number in range(2000)]]
+    with asyncio.Runner() as runner:
+        with Verifier("sha256", workers=workers) as verifier:
+            checks = runner.run(ask(verifier))
+        assert runner.run(answers(checks)) == [hashlib.sha256(packet).digest() for packet in packets]
+        verifier.close()
+
+
+def test_process_that_cannot_start_without_a_loop() -> None:
+    """A function that processes cannot import is refused when the block is entered, and nothing stays."""
+    with pytest.raises(Exception, match=r"local object .*lambda"), Verifier(lambda packet: packet, workers="processes"):
+        pass
+
+
 # --- errors and deaths ------------------------------------------------------------------------------------------------
 
 
@@ -834,6 +1061,31 @@ async def test_cancelled_close_still_waits(gate: Gate) -> None:
     assert check.result() == b"x"
 
 
+async def test_cancelled_start_leaves_nothing() -> None:
+    """Cancelled while its processes start, it ends them again before the cancellation goes on."""
+    task = asyncio.create_task(Verifier("sha256", workers="processes", count=2).start())
+    await turns(3)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert multiprocessing.active_children() == []
+
+
+async def test_cancelled_room_is_forgotten(gate: Gate) -> None:
+    """Who gives up waiting for room leaves nothing behind, and others still get theirs."""
+    async with Verifier(gate, count=1, max_bytes=100) as verifier:
+        verifier.digest(b"x")
+        rooms = [asyncio.create_task(verifier.room()) for _ in range(3)]
+        await turns()
+        assert len(verifier._order._rooms) == 3
+        for room in rooms[:2]:
+            room.cancel()
+        await turns()
+        assert len(verifier._order._rooms) == 1
+        gate.open()
+        await rooms[2]
+
+
 async def test_not_started_or_closed_from_inside() -> None:
     """Before its start it takes nothing; from its own thread it cannot be closed."""
     verifier = Verifier("md5")
@@ -1003,6 +1255,50 @@ def need(name: str) -> None:
         if os.environ.get("OFFLOAD_REQUIRE_PEERS"):
             pytest.fail(f"{reason}, and OFFLOAD_REQUIRE_PEERS is set", pytrace=False)
         pytest.skip(reason)
+
+
+@pytest.mark.slow
+def test_packet_that_kills_a_clusters_workers(tmp_path: Path) -> None:
+    """On a real cluster a packet that kills each worker that has it fails alone; all others succeed, in order."""
+    need("distributed")
+    (tmp_path / "dask_jobs.py").write_text(JOBS)
+    path = tmp_path / "program.py"
+    path.write_text(
+        PRELUDE
+        + textwrap.dedent("""
+        import json
+        import dask, dask_jobs
+        from distributed import Client, LocalCluster
+
+        async def main(executor):
+            packets = [b"%d" % number for number in range(30)]
+            packets[10] = b"die"
+            async with Verifier(dask_jobs.behave, workers=executor) as verifier:
+                checks = [verifier.digest(packet) for packet in packets]
+                found = await asyncio.gather(*checks, return_exceptions=True)
+                error, found[10] = found[10], b"die"
+                stats = verifier.stats()
+            print(json.dumps({
+                "others": found == packets, "error": [type(error).__name__, type(error.__cause__).__name__],
+                "done, failed": stats[3:5], "more than one try": stats.lost >= 2,
+            }))
+
+        if __name__ == "__main__":
+            dask.config.set({"distributed.scheduler.allowed-failures": 0})  # else it kills four workers a try
+            where = {"host": "127.0.0.1", "scheduler_port": 0, "dashboard_address": None}
+            with LocalCluster(n_workers=2, threads_per_worker=1, processes=True, silence_logs=50, **where) as cluster:
+                with Client(cluster) as client, client.get_executor() as executor:
+                    asyncio.run(main(executor))
+        """)
+    )
+    done = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == {
+        "others": True,
+        "error": ["BrokenResourceError", "KilledWorker"],
+        "done, failed": [30, 1],
+        "more than one try": True,
+    }
 
 
 @pytest.mark.slow

@@ -1,12 +1,13 @@
 """Packets under way: taken in order, bounded in bytes, finished in any order, given out in order.
 
-    Check   a packet under way, as its caller sees it: a future of the caller's loop
-    Desk    one for each caller's loop: its packets in order, and the results on their way out
+    Desk    one for each caller's loop or thread: its packets in order, and the results on their way out
     Order   all of them: what waits for a worker, what is in flight, who waits for room
 
+`check.py` has the packets themselves.
+
 Promises:
-    - On each loop results come in the order of the calls. Between loops there is no order, so that one which stands
-      still holds up nobody.
+    - On each loop, and in each thread, results come in the order of the calls. Between them there is no order, so that
+      one which stands still holds up nobody.
     - A wake-up for each burst, in and out: calls made in one turn of a loop wake workers once, at its end, and what is
       finished meanwhile crosses back together.
     - `lock` is never held while somebody else's code runs, nor while a loop is woken.
@@ -20,105 +21,91 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Generic, NamedTuple, TypeVar
+from contextvars import copy_context
+from typing import Any, NamedTuple
 
 from ..errors import OffloadError, QueueFullError
-from ..loops.call import interrupted_by_user
 from ..loops.port import Port, port_here
 from ..packets.codec import Buffer
-from .workers import Hasher, Outcome
+from .check import DONE, NOTHING, PACKET_BYTES, RUNNING, WAITING, Check, Packet, Room, Submission, ThreadRoom, Verdict
+from .workers import Digest, Outcome
 
-R = TypeVar("R")
-
-PACKET_BYTES = 512  # what a packet weighs in memory besides its bytes, and counts for in `max_bytes`
 BATCH_BYTES = 2 << 20  # of packets that one worker takes at once
-BURST = 256  # packets in a row after which `room` gives up the loop: half a millisecond
+BURST = 256  # packets in a row after which others get the loop: half a millisecond
 SETTLE = 500  # results given out in one turn of a loop: a quarter of a millisecond, and their callbacks
 
-WAITING, RUNNING, DONE = range(3)
-NOTHING: Any = object()  # is expected
 
+class VerifierStats(NamedTuple):
+    """How a Verifier fares.
 
-class Verdict(NamedTuple, Generic[R]):
-    """What a check found; true if that is what was expected."""
+    Attributes:
+        waiting: packets that no worker has taken.
+        in_flight: packets whose result has not been given out, those that wait included.
+        bytes_in_flight: what they count for, see `max_bytes`.
+        done, failed: packets since the start; of a failed one the function raised, or its worker died twice.
+        lost: how often a worker died, or could not tell, with packets in hand.
+    """
 
-    ok: bool
-    found: R
-    expected: R
-
-    def __bool__(self) -> bool:
-        return self.ok
-
-
-class Check(asyncio.Future[R]):
-    """A packet under way: a future of the caller's loop; `await`, `gather`, `wait_for` and callbacks take it."""
-
-    __slots__ = ("desk", "error", "expected", "packet", "size", "state", "value")
-    desk: Desk
-    packet: Buffer
-    expected: Any
-    size: int
-    state: int
-    value: Any
-    error: BaseException | None
-    # What few packets need is set when it is needed, in the dictionary that every future has.
-    deaths = 0  # of workers that had it
-    asked = False  # to be cancelled, while a worker has it
-    message: Any = None
-    hasher: Hasher | None = None  # while it is digested by the slice, up to `at`
-    at = 0
-
-    def cancel(self, msg: Any | None = None) -> bool:
-        """Drop the packet if it waits; if a worker has it, be cancelled when that is through. On the caller's loop."""
-        if self.done():
-            return False
-        if self.desk.owner.drop(self) or interrupted_by_user():
-            return super().cancel(msg)
-        self.asked, self.message = True, msg
-        return True
-
-    def settle(self) -> None:
-        """Become done; on the caller's loop."""
-        if self.done():
-            return
-        error = self.error
-        if self.asked:
-            super().cancel(self.message)
-        elif error is None:
-            self.set_result(self.value)
-        elif isinstance(error, asyncio.CancelledError):
-            super().cancel(*error.args[:1])
-        else:
-            self.set_exception(error)
-        self.error = None  # it refers to its traceback, and that may refer to us
-
-    def finished(self) -> None:
-        """Its outcome is there, and waits for its turn; under the lock."""
-        self.state, self.packet = DONE, b""
-        if self.asked:  # no need to wait for its turn
-            self.desk.ready.append(self)
-
-
-class Room(asyncio.Future[None]):
-    """Somebody who waits until no more than so many bytes are in flight."""
-
-    limit = 0
-
-    def settle(self) -> None:
-        if not self.done():
-            self.set_result(None)
+    waiting: int
+    in_flight: int
+    bytes_in_flight: int
+    done: int
+    failed: int
+    lost: int
 
 
 class Desk:
-    """One caller's loop: its packets in order, the results on their way out, and what is to be done on that loop."""
+    """One caller: its packets in order, and the results on their way out."""
 
-    __slots__ = ("__weakref__", "burst", "coming", "local", "loop", "order", "owner", "port", "ready", "scheduled")
+    def __init__(self, owner: Order) -> None:
+        self.owner = owner
+        self.order: deque[Packet] = deque()  # not given out; under the owner's lock
+        self.ready: deque[Packet | Room | ThreadRoom] = deque()  # to be settled
+        self.local: deque[Packet] = deque()  # to be done here
+        self.at_once = 0  # packets done in the call itself, which the owner has not counted yet
+
+    def next_local(self) -> Packet | None:
+        """The next packet that is to be done here; from any thread."""
+        try:
+            return self.local.popleft()
+        except IndexError:  # a look before might lie: another thread may close the verifier
+            return None
+
+    def send(self) -> None:
+        """See to it that what is ready is settled; from any thread, not under the lock."""
+        raise NotImplementedError
+
+    def settle(self) -> None:
+        raise NotImplementedError
+
+
+class ThreadDesk(Desk):
+    """A plain thread: its results are settled by whoever has them."""
+
+    def __init__(self, owner: Order) -> None:
+        super().__init__(owner)
+        self.settling = threading.Lock()
+
+    def send(self) -> None:
+        self.settle()
+
+    def settle(self) -> None:
+        """Give out results; one thread at a time, or they would overtake each other."""
+        # Who finds it taken has appended before: whoever settles now looks again when it has let go.
+        while self.ready and self.settling.acquire(blocking=False):
+            try:
+                while self.ready:
+                    self.ready.popleft().settle()
+            finally:
+                self.settling.release()
+
+
+class LoopDesk(Desk):
+    """A loop: what is to be done on it, too."""
 
     def __init__(self, owner: Order, port: Port) -> None:
-        self.owner, self.port, self.loop = owner, port, port.loop
-        self.order: deque[Check[Any]] = deque()  # not given out; under the owner's lock
-        self.ready: deque[Check[Any] | Room] = deque()  # to be settled
-        self.local: deque[Check[Any]] = deque()  # to be done here
+        super().__init__(owner)
+        self.port, self.loop = port, port.loop
         self.coming = False  # somebody has seen to it that `settle` is called
         self.scheduled = False  # and that `turn` is
         self.burst = 0  # packets since the loop's last turn
@@ -133,12 +120,10 @@ class Desk:
         self.scheduled, self.burst = False, 0
         self.owner.turn(self)
 
-    def next_local(self) -> Check[Any] | None:
-        """The next packet that is to be done here; from any thread."""
-        try:
-            return self.local.popleft()
-        except IndexError:  # a look before might lie: another thread may close the verifier
-            return None
+    def send(self) -> None:
+        if not self.coming:
+            self.coming = True
+            self.port.send(self)
 
     def settle(self) -> None:
         """Give out results; on this loop."""
@@ -162,34 +147,56 @@ class Order:
 
     Args:
         max_bytes: in flight, up to which there is room.
-        here_below: packets smaller than this are done on their caller's loop.
+        here_below: packets smaller than this are done on their caller's loop, or thread.
         turn: called on a caller's loop when a burst of its calls is over.
         refusal: makes the error for packets that come while it is set.
+        digest: does packets that cost less than to queue them, in the call itself.
+        context: whether the function is to see its caller's context variables.
     """
 
     def __init__(
-        self, max_bytes: int, here_below: int, turn: Callable[[Desk], None], refusal: Callable[[], OffloadError]
+        self,
+        max_bytes: int,
+        here_below: int,
+        turn: Callable[[LoopDesk], None],
+        refusal: Callable[[], OffloadError],
+        *,
+        digest: Digest | None = None,
+        context: bool = False,
     ) -> None:
         self.max_bytes = max_bytes
         self.here_below = here_below
         self.turn = turn
+        self.context = context
+        self._once = digest and digest.once
+        self._at_once_below = 0 if digest is None else digest.gil_bytes
         self.refusal: Callable[[], OffloadError] | None = refusal
         self.lock = threading.RLock()  # a finalizer may make a call while the same thread makes one
-        self.waiting: deque[Check[Any]] = deque()  # for a worker
+        self.waiting: deque[Packet] = deque()  # for a worker
         self.bytes = self.done = self.failed = 0
-        self.desks: weakref.WeakValueDictionary[asyncio.AbstractEventLoop, Desk] = weakref.WeakValueDictionary()
-        self._latest: Desk | None = None
-        self._rooms: dict[Room, Desk] = {}
+        # By loop, or number of the thread. A new thread with an old one's number finds that one's desk: no matter.
+        self.desks: weakref.WeakValueDictionary[object, Desk] = weakref.WeakValueDictionary()
+        self._latest: LoopDesk | None = None
+        self._rooms: dict[Room | ThreadRoom, Desk] = {}
 
-    def desk(self) -> Desk:
+    def desk(self) -> LoopDesk:
         """The one of the running loop."""
         desk, loop = self._latest, asyncio.get_running_loop()
         if desk is None or desk.loop is not loop:
             with self.lock:
-                desk = self.desks.get(loop)
-                if desk is None:
-                    desk = self.desks[loop] = Desk(self, port_here())
+                found = self.desks.get(loop)
+                desk = found if isinstance(found, LoopDesk) else LoopDesk(self, port_here())
+                self.desks[loop] = desk
             self._latest = desk
+        return desk
+
+    def thread_desk(self) -> ThreadDesk:
+        """The one of the running thread, for those without a loop."""
+        number = threading.get_ident()
+        with self.lock:
+            found = self.desks.get(number)
+            desk = found if isinstance(found, ThreadDesk) else ThreadDesk(self)
+            self.desks[number] = desk
         return desk
 
     def put(self, packet: Buffer, expected: Any, *, nowait: bool) -> Check[Any]:
@@ -201,8 +208,62 @@ class Order:
             desk = self.desk()
         # Here, not by an `__init__` of its own: half a microsecond a packet, of four.
         check: Check[Any] = Check(loop=desk.loop)
+        desk.burst += 1
+        if not desk.scheduled:
+            desk.schedule()
+        # Whose turn it is at once, as far as this loop knows: see `_give_out` for the order of these two looks.
+        if (
+            len(packet) < self._at_once_below
+            and desk.burst <= BURST
+            and not desk.order
+            and not desk.ready
+            and self.refusal is None
+        ):
+            try:
+                value: Any = self._once(packet)  # type: ignore[misc]
+                if expected is not NOTHING:
+                    ok = hmac.compare_digest(value, expected)
+                    value = Verdict(ok, value, expected)
+            except Exception:  # no bytes, or not what a digest is compared with: the long way tells the caller
+                pass
+            else:
+                desk.at_once += 1
+                check.set_result(value)
+                return check
         check.desk, check.packet, check.expected, check.state = desk, packet, expected, WAITING
-        check.size = size = len(packet) + PACKET_BYTES
+        check.size = len(packet) + PACKET_BYTES
+        if self.context:
+            check.context = copy_context()
+        self._accept(check, nowait=nowait)
+        return check
+
+    def submit(
+        self, packet: Buffer, expected: Any, here: Callable[[Packet], Outcome], *, nowait: bool
+    ) -> tuple[Submission[Any], bool]:
+        """Take the next place, from any thread; whether that is for a worker. Errors as for `put`.
+
+        Args:
+            here: does a packet that is to be done in the caller's thread.
+        """
+        if type(packet) is memoryview and packet.itemsize != 1:
+            packet = packet.cast("B")
+        submission: Submission[Any] = Submission(self.thread_desk(), packet, expected)
+        if self.refusal is not None:
+            raise self.refusal()
+        if self.context:
+            submission.context = copy_context()
+        if len(packet) >= self.here_below:
+            self._accept(submission, nowait=nowait)
+            return submission, True
+        # Before it has a place, which nobody else of this thread can take: so a close does not find it half done.
+        outcome = here(submission)
+        submission.state = RUNNING
+        self._accept(submission, nowait=nowait)
+        self.finish([submission], [outcome])
+        return submission, False
+
+    def _accept(self, check: Packet, *, nowait: bool) -> None:
+        desk, size = check.desk, check.size
         with self.lock:
             if self.refusal is not None:
                 raise self.refusal()
@@ -213,28 +274,60 @@ class Order:
                 )
             self.bytes += size
             desk.order.append(check)
-            (self.waiting if size >= self.here_below + PACKET_BYTES else desk.local).append(check)
-        desk.burst += 1
-        if not desk.scheduled:
-            desk.schedule()
-        return check
+            if check.state is WAITING:
+                (self.waiting if size >= self.here_below + PACKET_BYTES else desk.local).append(check)
 
     def until(self, limit: int) -> Room:
         """A future of the running loop, done when no more than `limit` bytes are in flight."""
         desk = self.desk()
         room = Room(loop=desk.loop)
-        room.limit = limit
-        with self.lock:
-            if self.bytes <= limit:
-                room.settle()
-            else:
-                self._rooms[room] = desk
+        self._wait(room, desk, limit)
         return room
 
-    def take(self, most: int) -> list[Check[Any]]:
+    def thread_until(self, limit: int) -> ThreadRoom:
+        """The same for a plain thread."""
+        room = ThreadRoom()
+        self._wait(room, self.thread_desk(), limit)
+        return room
+
+    def _wait(self, room: Room | ThreadRoom, desk: Desk, limit: int) -> None:
+        room.limit = limit
+        with self.lock:
+            if self.bytes > limit:
+                self._rooms[room] = desk
+                return
+        room.settle()
+
+    def forget(self, room: Room | ThreadRoom) -> None:
+        """Nobody waits for it any more."""
+        with self.lock:
+            self._rooms.pop(room, None)
+
+    def after_fork(self) -> None:
+        """In a forked child: locks may be held by threads that are not here."""
+        self.lock = threading.RLock()
+        for desk in list(self.desks.values()):
+            if isinstance(desk, ThreadDesk):
+                desk.settling = threading.Lock()
+
+    def stats(self, lost: int) -> VerifierStats:
+        with self.lock:
+            desks = list(self.desks.values())
+            waiting = sum(c.state is WAITING for queue in (self.waiting, *(d.local for d in desks)) for c in queue)
+            in_flight = sum(len(desk.order) for desk in desks)
+            done = self.done + sum(desk.at_once for desk in desks)
+            return VerifierStats(waiting, in_flight, self.bytes, done, self.failed, lost)
+
+    def counted(self, desk: Desk) -> None:
+        """Count what was done in calls of its caller; in that one's thread."""
+        with self.lock:
+            self.done += desk.at_once
+            desk.at_once = 0
+
+    def take(self, most: int) -> list[Packet]:
         """The next packets for a worker; one that lost a worker comes alone. Under the lock."""
         waiting = self.waiting
-        batch: list[Check[Any]] = []
+        batch: list[Packet] = []
         size = 0
         while waiting and len(batch) < most:
             check = waiting[0]
@@ -249,7 +342,7 @@ class Order:
                     break
         return batch
 
-    def give_back(self, batch: Sequence[Check[Any]]) -> list[Check[Any]]:
+    def give_back(self, batch: Sequence[Packet]) -> list[Packet]:
         """Their worker died: they wait again, before all others, but for those that it happened to twice: those."""
         twice = []
         with self.lock:
@@ -262,7 +355,7 @@ class Order:
                     self.waiting.appendleft(check)
         return twice
 
-    def finish(self, batch: Sequence[Check[Any]], outcomes: Iterable[Outcome], here: Desk | None = None) -> None:
+    def finish(self, batch: Sequence[Packet], outcomes: Iterable[Outcome], here: LoopDesk | None = None) -> None:
         """The outcomes of a batch are there; from any thread. `here`: the desk on whose loop this is."""
         for check, (value, error) in zip(batch, outcomes, strict=True):
             if error is None and check.expected is not NOTHING:
@@ -279,12 +372,14 @@ class Order:
             self._give_out(touched)
         self._send(touched, here)
 
-    def drop(self, check: Check[Any]) -> bool:
+    def drop(self, check: Packet) -> bool:
         """Take a cancelled packet out of the work; False: a worker has it. On its loop."""
         with self.lock:
             if check.state is RUNNING:
                 return False
             touched = {check.desk}
+            if isinstance(check, Submission):
+                check.asked = True  # another thread may settle it before this one goes on
             if check.state is WAITING:
                 check.finished()
                 self.bytes -= check.size
@@ -314,22 +409,21 @@ class Order:
         for desk in touched:
             order, ready = desk.order, desk.ready
             while order and order[0].state is DONE:
-                check = order.popleft()
-                self.bytes -= check.size
-                ready.append(check)
+                # It is in one of the two at any time: a caller that looks at both, this one first, sees it.
+                ready.append(order[0])
+                self.bytes -= order.popleft().size
         for room in [room for room in self._rooms if room.limit >= self.bytes]:
             desk = self._rooms.pop(room)
             desk.ready.append(room)
             touched.add(desk)
 
-    def _send(self, touched: set[Desk], here: Desk | None) -> None:
+    def _send(self, touched: set[Desk], here: LoopDesk | None) -> None:
         # Not under the lock: a wake gives up the GIL, and the loop that it wakes would stop at the lock at once.
         for desk in touched:
             if desk is here:
                 desk.settle()
-            elif desk.ready and not desk.coming:
-                desk.coming = True
-                desk.port.send(desk)
+            elif desk.ready:
+                desk.send()
 
 
 def judge(found: Any, expected: Any) -> Outcome:

@@ -6,13 +6,15 @@
         if not (verdict := await check):               ◄───────────────────┼── what is done, up to the first that is not
             print(verdict.found, verdict.expected)
 
-Every worker has a LoopThread, on which it takes packets from one queue until that is empty. Neighbours go in batches,
-as many as take its `batch_seconds`: so a packet of 100 bytes does not pay for a hop, and one that takes a second does
-not hold up its neighbours. `order.py` keeps the order, `workers.py` does the work.
+Plain threads use `with`, `submit` and `wait_room`. Every worker has a LoopThread, on which it takes packets from one
+queue until that is empty. Neighbours go in batches, as many as take its `batch_seconds`: so a packet of 100 bytes does
+not pay for a hop, and one that takes a second does not hold up its neighbours. `order.py` keeps the order, `workers.py`
+does the work.
 
 Where (tests/benchmarks/bench_verify.py measures it; the bounds were found on a busy machine of two cores):
     "threads"      digests, and what else gives up the GIL while it works. Packets so small that hashlib keeps the GIL
-                   are digested on the caller's loop, a millisecond at a time: a hop would cost more than the digest.
+                   are digested on the caller's loop: in the call itself, a few hundred in a row, if nothing is under
+                   way before them, else a millisecond at a time. A hop would cost more than the digest.
     "processes"    Python code, and what keeps the GIL, from about a tenth of a millisecond a packet. Functions must be
                    importable, and a program that uses this needs its `if __name__ == "__main__":`.
     an Executor    a cluster (Dask's `Client.get_executor()`), from about ten milliseconds a packet.
@@ -21,7 +23,11 @@ Where (tests/benchmarks/bench_verify.py measures it; the bounds were found on a 
 Promises, beyond those of `order.py`:
     - A function's error reaches the caller of its packet only.
     - A worker that dies (a killed process, a lost cluster node) takes nothing with it: its packets are tried once more,
-      each alone, so that the one that kills its worker fails alone, with BrokenResourceError.
+      each alone (on an executor with nothing else of ours beside it), so that the one that kills its worker fails
+      alone, with BrokenResourceError. An executor that does not survive its worker, as ProcessPoolExecutor, fails all
+      packets from then on.
+    - Context variables of the caller hold in a function on threads, and cooperatively. They cannot leave the process,
+      so neither processes nor an executor see them.
     - A packet cancelled while it waits is never looked at. One under way is waited for, then it is cancelled: until
       then a worker may read it. (After Ctrl-C nobody waits.)
     - `aclose` takes no more, and returns when what was accepted is done and threads and processes have ended.
@@ -34,65 +40,29 @@ from __future__ import annotations
 
 import asyncio
 import os
-import threading
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from concurrent.futures import Future as ThreadFuture
 from time import perf_counter
 from types import TracebackType
-from typing import Any, Generic, Literal, NamedTuple, Self, TypeVar, overload
+from typing import Any, Generic, Literal, Self, TypeVar, overload
 
 from ..errors import BrokenResourceError, ClosedResourceError, DeadlockError, ForkedError, OffloadError
-from ..loops import LoopThread, outlast
+from ..loops import outlast
 from ..packets.codec import Buffer
 from . import workers as workers_module
-from .order import BURST, DONE, NOTHING, RUNNING, WAITING, Check, Desk, Order, Verdict
-from .workers import Child, Digest, Elsewhere, Here, Outcome, Worker, apply
+from .check import DONE, NOTHING, RUNNING, Check, Packet, Verdict
+from .order import BURST, LoopDesk, Order, VerifierStats
+from .workers import Child, Digest, Elsewhere, Here, Outcome, Place, Quarantine, Worker, apply
 
 R = TypeVar("R")
 
 Workers = Literal["threads", "processes", "cooperative"]
 
 MAX_BYTES = 8 << 20
-BATCH_PACKETS = 256
-TURN = 0.001  # seconds of digesting on a caller's loop before others get their turn
+TURN = 0.0005  # seconds of digesting on a caller's loop before others get their turn
 SLICE_BYTES = 64 << 10  # of a large packet there: 0.1 ms of md5
-
-
-class VerifierStats(NamedTuple):
-    """How a Verifier fares.
-
-    Attributes:
-        waiting: packets that no worker has taken.
-        in_flight: packets whose result has not been given out, those that wait included.
-        bytes_in_flight: what they count for, see `max_bytes`.
-        done, failed: packets since the start; of a failed one the function raised, or its worker died twice.
-        lost: how often a worker died, or could not tell, with packets in hand.
-    """
-
-    waiting: int
-    in_flight: int
-    bytes_in_flight: int
-    done: int
-    failed: int
-    lost: int
-
-
-class _Place:
-    """A worker, its thread, and how many packets it takes at a time."""
-
-    def __init__(self, worker: Worker, name: str, exit_timeout: float) -> None:
-        self.worker = worker
-        self.thread = LoopThread(name, on_close=worker.close, exit_timeout=exit_timeout)
-        self.limit = 1
-
-    def learn(self, seconds: float, packets: int) -> None:
-        """The work of a batch took so long: take twice as many if that is little, half if it is much."""
-        if seconds > 2 * self.worker.batch_seconds:
-            self.limit = max(1, packets // 2)
-        elif seconds < self.worker.batch_seconds / 2 and packets >= self.limit:
-            self.limit = min(BATCH_PACKETS, 2 * packets)
 
 
 class Verifier(Generic[R]):
@@ -109,7 +79,8 @@ class Verifier(Generic[R]):
         name: of its threads and processes.
         exit_timeout: seconds for which the interpreter's exit waits for batches that run.
 
-    Use it as `async with`, or by `start()` and `aclose()`, from any loop and from several at once.
+    Use it as `async with`, or by `start()` and `aclose()`, from any loop and from several at once; in a program without
+    a loop as `with`. Either way plain threads may `submit`.
 
     Raises:
         ValueError: no such digest, or a number that makes no sense.
@@ -156,19 +127,21 @@ class Verifier(Generic[R]):
         self.name = name
         self._function: Callable[[Any], Any] = Digest(what, key) if isinstance(what, str) else what
         self._places = [
-            _Place(worker, f"{name} {number}", exit_timeout)
+            Place(worker, f"{name} {number}", exit_timeout)
             for number, worker in enumerate(self._workers(workers, count), 1)
         ]
-        here_below = 1 << 62 if not self._places else 0
-        if workers == "threads" and isinstance(self._function, Digest):
-            here_below = self._function.gil_bytes
+        digest = self._function if isinstance(self._function, Digest) else None
+        in_process = workers in ("threads", "cooperative")
+        here_below = 1 << 62 if not self._places else digest.gil_bytes if digest and in_process else 0
         self._order = Order(
             max_bytes,
             here_below,
             self._turn,
             lambda: ClosedResourceError(f"{name!r} is not started; use it as `async with`, or await its start()"),
+            digest=digest if in_process else None,
+            context=in_process and digest is None,
         )
-        self._idle: list[_Place] = []
+        self._idle: list[Place] = []
         self._started = self._closing = False
         self._lost_batches = 0
 
@@ -176,7 +149,8 @@ class Verifier(Generic[R]):
         function = self._function
         cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         if isinstance(kind, Executor):
-            return [Elsewhere(function, kind) for _ in range(count or 2 * cpus)]
+            quarantine = Quarantine()
+            return [Elsewhere(function, kind, quarantine) for _ in range(count or 2 * cpus)]
         if kind == "threads":
             return [Here(function) for _ in range(count or cpus)]
         if kind == "processes":
@@ -195,9 +169,7 @@ class Verifier(Generic[R]):
             BrokenResourceError: a process could not be started.
             Exception: whatever says that the function cannot be pickled. All has ended again then.
         """
-        if self._started or self._closing:
-            raise ClosedResourceError(f"{self.name!r} was started or closed before; make a new one")
-        self._started = True
+        self._launch()
         try:
             for place in self._places:
                 await place.thread.start()
@@ -205,11 +177,21 @@ class Verifier(Generic[R]):
         except BaseException:
             await self.aclose()
             raise
+        self._opened()
+        return self
+
+    def _launch(self) -> None:
+        with self._order.lock:
+            if self._started or self._closing:
+                raise ClosedResourceError(f"{self.name!r} was started or closed before; make a new one")
+            self._started = True
+
+    def _opened(self) -> None:
         with self._order.lock:
             self._idle = list(self._places)
-            self._order.refusal = None
+            if not self._closing:
+                self._order.refusal = None
         _live.add(self)
-        return self
 
     async def aclose(self) -> None:
         """Take no more packets, finish those that are here, end threads and processes. Cancelling does not shorten it.
@@ -217,18 +199,8 @@ class Verifier(Generic[R]):
         Raises:
             DeadlockError: called from one of its threads.
         """
-        if any(place.thread.is_here() for place in self._places):
-            raise DeadlockError(f"{self.name!r} cannot be closed from its own thread; close it where it was opened")
+        left = self._begin_close()
         order = self._order
-        with order.lock:
-            self._closing = True
-            order.refusal = order.refusal or self._closed
-            # A loop that stands still would keep its own for ever: this one, or the workers, do them.
-            left = [check for desk in list(order.desks.values()) for check in iter(desk.next_local, None)]
-            if self._places:
-                order.waiting.extend(left)
-            for check in left if not self._places else ():
-                check.state = max(check.state, RUNNING)  # its own loop may cancel it while this one does it
         desk = order.desk()
         try:
             if self._places:
@@ -244,6 +216,34 @@ class Verifier(Generic[R]):
             while desk.ready:
                 desk.settle()
 
+    def close(self) -> None:
+        """As `aclose`, for plain threads: blocks until all has ended."""
+        left = self._begin_close()
+        try:
+            self._kick()
+            for check in left if not self._places else ():
+                self._order.finish([check], [self._whole(check)])
+            for place in self._places:
+                place.thread.close()
+        finally:
+            _live.discard(self)
+            self._order.fail(self._closed)
+
+    def _begin_close(self) -> list[Packet]:
+        """Take no more; what is left of loops that may stand still: this one, or the workers, do it."""
+        if any(place.thread.is_here() for place in self._places):
+            raise DeadlockError(f"{self.name!r} cannot be closed from its own thread; close it where it was opened")
+        order = self._order
+        with order.lock:
+            self._closing = True
+            order.refusal = order.refusal or self._closed
+            left = [check for desk in list(order.desks.values()) for check in iter(desk.next_local, None)]
+            if self._places:
+                order.waiting.extend(left)
+            for check in left if not self._places else ():
+                check.state = max(check.state, RUNNING)  # its own loop may cancel it while this one does it
+        return left
+
     async def __aenter__(self) -> Self:
         return await self.start()
 
@@ -251,6 +251,22 @@ class Verifier(Generic[R]):
         self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
     ) -> None:
         await self.aclose()
+
+    def __enter__(self) -> Self:
+        self._launch()
+        try:
+            for place in self._places:
+                place.thread.__enter__()
+            for ready in [place.thread.submit(place.worker.open) for place in self._places]:
+                ready.result()
+        except BaseException:
+            self.close()
+            raise
+        self._opened()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
 
     # --- for callers ------------------------------------------------------------------------------------------------
 
@@ -274,6 +290,24 @@ class Verifier(Generic[R]):
         """As `digest`, compared with what is expected, bytes and text in constant time; true if it is that."""
         return self._order.put(packet, expected, nowait=nowait)
 
+    @overload
+    def submit(self, packet: Buffer, *, nowait: bool = False) -> ThreadFuture[R]: ...
+    @overload
+    def submit(self, packet: Buffer, expected: R, *, nowait: bool = False) -> ThreadFuture[Verdict[R]]: ...
+    def submit(self, packet: Buffer, expected: Any = NOTHING, *, nowait: bool = False) -> ThreadFuture[Any]:
+        """As `digest` or `check`, from any thread, with or without a loop; in order for each thread.
+
+        What other callers have done on their loop (small digests; everything, if cooperative) is done here and now.
+
+        Returns:
+            A concurrent future: `result(timeout)` waits, `cancel()` drops the packet if no worker has it. Its callbacks
+            run on whichever thread has the result, and delay that.
+        """
+        submission, for_worker = self._order.submit(packet, expected, self._whole, nowait=nowait)
+        if for_worker:
+            self._kick()
+        return submission
+
     async def room(self) -> None:
         """Wait until no more than `max_bytes` are in flight; await it after each call, and memory stays bounded.
 
@@ -281,18 +315,38 @@ class Verifier(Generic[R]):
         """
         order = self._order
         while order.bytes > order.max_bytes:
-            await order.until(order.max_bytes)
+            room = order.until(order.max_bytes)
+            try:
+                await room
+            finally:
+                order.forget(room)
         if order.desk().burst > BURST:
             await asyncio.sleep(0)
 
+    def wait_room(self, timeout: float | None = None) -> None:
+        """As `room`, for plain threads: block after each `submit` until there is room, and memory stays bounded.
+
+        Raises:
+            TimeoutError: there is none after `timeout` seconds.
+            DeadlockError: called from one of its threads, which would have to make it.
+        """
+        order = self._order
+        if order.bytes <= order.max_bytes:
+            return
+        if any(place.thread.is_here() for place in self._places):
+            raise DeadlockError(f"{self.name!r} cannot wait for room on its own thread; submit from another one")
+        room = order.thread_until(order.max_bytes)
+        try:
+            room.result(timeout)
+        except TimeoutError:
+            message = f"{order.bytes} bytes are still in flight after {timeout} s, the bound is {order.max_bytes}"
+            raise TimeoutError(message) from None
+        finally:
+            order.forget(room)
+
     def stats(self) -> VerifierStats:
         """How it fares; from any thread."""
-        order = self._order
-        with order.lock:
-            desks = list(order.desks.values())
-            waiting = sum(c.state is WAITING for queue in (order.waiting, *(d.local for d in desks)) for c in queue)
-            in_flight = sum(len(desk.order) for desk in desks)
-            return VerifierStats(waiting, in_flight, order.bytes, order.done, order.failed, self._lost_batches)
+        return self._order.stats(self._lost_batches)
 
     @property
     def closed(self) -> bool:
@@ -301,12 +355,14 @@ class Verifier(Generic[R]):
 
     # --- on a caller's loop -----------------------------------------------------------------------------------------
 
-    def _turn(self, desk: Desk) -> None:
+    def _turn(self, desk: LoopDesk) -> None:
         """A burst of calls is over: wake who is needed, and do what is to be done here."""
+        if desk.at_once:
+            self._order.counted(desk)
         self._kick()
         if not desk.local:
             return
-        batch: list[Check[Any]] = []
+        batch: list[Packet] = []
         outcomes: list[Outcome] = []
         until = perf_counter() + TURN
         while perf_counter() < until and (check := desk.next_local()) is not None:
@@ -322,11 +378,14 @@ class Verifier(Generic[R]):
             desk.schedule()
         self._order.finish(batch, outcomes, desk)
 
-    def _do_here(self, check: Check[Any]) -> Outcome | None:
+    def _whole(self, check: Packet) -> Outcome:
+        return apply(self._function, [check.packet], [check.context])[0]
+
+    def _do_here(self, check: Packet) -> Outcome | None:
         """Do a packet, or a slice of it; then None."""
         function, size = self._function, len(check.packet)
         if not isinstance(function, Digest) or size <= SLICE_BYTES:
-            return apply(function, [check.packet])[0]
+            return self._whole(check)
         if check.hasher is None:
             check.hasher, check.at = function.new(), 0
         check.hasher.update(memoryview(check.packet)[check.at : check.at + SLICE_BYTES])
@@ -347,7 +406,7 @@ class Verifier(Generic[R]):
 
     # --- on the workers' threads ------------------------------------------------------------------------------------
 
-    def _work(self, place: _Place) -> None:
+    def _work(self, place: Place) -> None:
         """Take batches until there are none."""
         order = self._order
         while True:
@@ -357,7 +416,9 @@ class Verifier(Generic[R]):
                     self._idle.append(place)
                     return
             try:
-                outcomes, seconds = place.worker.run([check.packet for check in batch])
+                outcomes, seconds = place.worker.run(
+                    [c.packet for c in batch], [c.context for c in batch], suspect=bool(batch[0].deaths)
+                )
             except BaseException as exc:
                 self._lost(batch, exc)
             else:
@@ -366,7 +427,7 @@ class Verifier(Generic[R]):
             if place.thread.closing.is_set() and not self._closing:
                 order.fail(lambda: BrokenResourceError(f"{self.name!r} was left open when the program ended"))
 
-    def _lost(self, batch: Sequence[Check[Any]], cause: BaseException) -> None:
+    def _lost(self, batch: Sequence[Packet], cause: BaseException) -> None:
         """A worker died, or could not tell us what it found: once more, each packet alone, so that one is to blame."""
         self._lost_batches += 1
         for check in self._order.give_back(batch):
@@ -397,7 +458,7 @@ class Verifier(Generic[R]):
 
     def _after_fork(self, parent: int) -> None:
         message = f"{self.name!r} belongs to the parent process {parent}; open one in this process"
-        self._order.lock = threading.RLock()
+        self._order.after_fork()
         for place in self._places:
             if isinstance(place.worker, Child):
                 place.worker.after_fork()

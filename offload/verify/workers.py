@@ -4,6 +4,7 @@
     Here       does it on the worker's own thread
     Child      has a process of its own do it: small batches by pipe, large ones by shared memory
     Elsewhere  has an executor do it, which may be another machine's
+    Place      a worker and the thread that it blocks
 
 Promises:
     - What the function raises belongs to its packet: it is an outcome like any other.
@@ -25,15 +26,18 @@ import signal
 import threading
 import traceback
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from contextvars import Context
 from functools import partial
+from itertools import repeat
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import BrokenResourceError
 from ..loops.call import holdable
+from ..loops.thread import LoopThread
 from ..packets.codec import Buffer
 
 if TYPE_CHECKING:
@@ -47,6 +51,7 @@ Done = tuple[list[Outcome], float]  # and the seconds that the work took, withou
 
 # From here on bytes go by shared memory: a pipe takes 64 KiB at a time, and each time wakes the other side. A guess.
 SHARED_BYTES = 64 << 10
+BATCH_PACKETS = 256
 _LOOK = 1.0  # seconds after which a silent child is looked after: a grandchild may hold its pipe open
 _TO_END = 5.0  # seconds for a child that was told to end
 
@@ -131,24 +136,35 @@ class _Crc32:
         return self._value.to_bytes(4, "big")
 
 
-def apply(function: Function, packets: Sequence[Buffer]) -> list[Outcome]:
-    """What the function makes of each packet. A function that is no Digest gets bytes, whatever the packet is."""
+def apply(
+    function: Function, packets: Sequence[Buffer], contexts: Iterable[Context | None] = repeat(None)
+) -> list[Outcome]:
+    """What the function makes of each packet. A function that is no Digest gets bytes, whatever the packet is.
+
+    Args:
+        contexts: of context variables, one for each packet; None: those of whoever calls this.
+    """
     work = function.once if isinstance(function, Digest) else function
     as_is = isinstance(function, Digest)
     outcomes: list[Outcome] = []
-    for packet in packets:
+    for packet, context in zip(packets, contexts, strict=False):
         try:
-            outcomes.append((work(packet if as_is else bytes(packet)), None))
+            if context is None:
+                outcomes.append((work(packet if as_is else bytes(packet)), None))
+            else:
+                outcomes.append((context.run(work, bytes(packet)), None))
         except BaseException as exc:  # SystemExit too: it is the packet's, not the worker's
             # Without our frame, which refers to every packet of the batch.
             outcomes.append((None, holdable(exc.with_traceback(exc.__traceback__ and exc.__traceback__.tb_next))))
     return outcomes
 
 
-def apply_timed(function: Function, packets: Sequence[Buffer], home: int = 0) -> Done:
+def apply_timed(
+    function: Function, packets: Sequence[Buffer], home: int = 0, contexts: Iterable[Context | None] = repeat(None)
+) -> Done:
     """As `apply`, with the time that it took; errors that leave this process are made such that they arrive."""
     begun = perf_counter()
-    outcomes = apply(function, packets)
+    outcomes = apply(function, packets, contexts)
     seconds = perf_counter() - begun
     if os.getpid() != home:
         outcomes = [(value, error and _portable(error)) for value, error in outcomes]
@@ -195,8 +211,14 @@ class Worker(Protocol):
     def open(self) -> None:
         """Be ready for batches, or raise why not."""
 
-    def run(self, packets: Sequence[Buffer]) -> Done:
-        """An outcome for each packet. It raises if there are none: the worker died, or they cannot reach us."""
+    def run(self, packets: Sequence[Buffer], contexts: Sequence[Context | None], *, suspect: bool) -> Done:
+        """An outcome for each packet, in its caller's context as far as that can reach the worker.
+
+        It raises if there are none: the worker died, or they cannot reach us.
+
+        Args:
+            suspect: they had a worker that died; nothing else of ours may suffer if this one does too.
+        """
         ...
 
     def close(self) -> None:
@@ -214,30 +236,75 @@ class Here:
     def open(self) -> None:
         pass
 
-    def run(self, packets: Sequence[Buffer]) -> Done:
-        return apply_timed(self._function, packets, os.getpid())
+    def run(self, packets: Sequence[Buffer], contexts: Sequence[Context | None], *, suspect: bool) -> Done:
+        return apply_timed(self._function, packets, os.getpid(), contexts)
 
     def close(self) -> None:
         pass
 
 
+class Quarantine:
+    """Lets in any number at a time, or a suspect alone: what queues at a cluster node that dies is blamed with it."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._inside = self._suspects = 0
+
+    @contextmanager
+    def inside(self, *, suspect: bool) -> Iterator[None]:
+        """Wait to be let in; a suspect goes first."""
+        with self._changed:
+            if suspect:
+                self._suspects += 1
+            self._changed.wait_for(lambda: not self._inside if suspect else not self._suspects)
+            self._inside += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._inside -= 1
+                self._suspects -= suspect
+                self._changed.notify_all()
+
+
 class Elsewhere:
-    """A worker that hands its batches to an executor, which stays its owner's."""
+    """A worker that hands its batches to an executor, which stays its owner's.
+
+    Args:
+        quarantine: shared by all workers with this executor.
+    """
 
     batch_seconds = 0.02  # a hop to a Dask worker and back takes 5 ms
 
-    def __init__(self, function: Function, executor: Executor) -> None:
-        self._function, self._executor = function, executor
+    def __init__(self, function: Function, executor: Executor, quarantine: Quarantine) -> None:
+        self._function, self._executor, self._quarantine = function, executor, quarantine
 
     def open(self) -> None:
         pass
 
-    def run(self, packets: Sequence[Buffer]) -> Done:
+    def run(self, packets: Sequence[Buffer], contexts: Sequence[Context | None], *, suspect: bool) -> Done:
         as_bytes = [bytes(packet) for packet in packets]  # a memoryview cannot be pickled
-        return self._executor.submit(apply_timed, self._function, as_bytes, os.getpid()).result()
+        with self._quarantine.inside(suspect=suspect):
+            return self._executor.submit(apply_timed, self._function, as_bytes, os.getpid()).result()
 
     def close(self) -> None:
         pass
+
+
+class Place:
+    """A worker, its thread, and how many packets it takes at a time."""
+
+    def __init__(self, worker: Worker, name: str, exit_timeout: float) -> None:
+        self.worker = worker
+        self.thread = LoopThread(name, on_close=worker.close, exit_timeout=exit_timeout)
+        self.limit = 1
+
+    def learn(self, seconds: float, packets: int) -> None:
+        """The work of a batch took so long: take twice as many if that is little, half if it is much."""
+        if seconds > 2 * self.worker.batch_seconds:
+            self.limit = max(1, packets // 2)
+        elif seconds < self.worker.batch_seconds / 2 and packets >= self.limit:
+            self.limit = min(BATCH_PACKETS, 2 * packets)
 
 
 # Starting a process is not made for several threads at once: children are reaped in passing.
@@ -284,7 +351,7 @@ class Child:
         atexit.register(self._stop)
         self._receive()  # it is there
 
-    def run(self, packets: Sequence[Buffer]) -> Done:
+    def run(self, packets: Sequence[Buffer], contexts: Sequence[Context | None], *, suspect: bool) -> Done:
         if self._process is not None and not self._process.is_alive():
             self._end()  # it died while it had nothing to do: that is no packet's fault
         if self._process is None:
@@ -322,7 +389,9 @@ class Child:
             self._shared.unlink()
             self._shared = None
         if self._shared is None:
-            self._shared = SharedMemory(create=True, size=max(size, 1 << 20))
+            # A name of ours, for whoever finds it and wonders; 31 characters are the limit of macOS.
+            name = f"offload_{os.getpid()}_{os.urandom(4).hex()}"
+            self._shared = SharedMemory(name, create=True, size=max(size, 1 << 20))
         at, buffer = 0, self._shared.buf
         assert buffer is not None, "it is open"
         for packet in packets:
