@@ -12,9 +12,9 @@ not pay for a hop, and one that takes a second does not hold up its neighbours. 
 does the work.
 
 Where (tests/benchmarks/bench_verify.py measures it; the bounds were found on a busy machine of two cores):
-    "threads"      digests, and what else gives up the GIL while it works. Packets so small that hashlib keeps the GIL
-                   are digested on the caller's loop: in the call itself, a few hundred in a row, if nothing is under
-                   way before them, else a millisecond at a time. A hop would cost more than the digest.
+    "threads"      digests, and what else gives up the GIL while it works. Packets below 8 KiB are digested on the
+                   caller's loop: in the call itself, a few hundred in a row, if nothing is under way before them, else
+                   half a millisecond at a time. A hop would cost more than the digest.
     "processes"    Python code, and what keeps the GIL, from about a tenth of a millisecond a packet. Functions must be
                    importable, and a program that uses this needs its `if __name__ == "__main__":`.
     an Executor    a cluster (Dask's `Client.get_executor()`), from about ten milliseconds a packet.
@@ -53,7 +53,7 @@ from ..loops import outlast
 from ..packets.codec import Buffer
 from . import workers as workers_module
 from .check import DONE, NOTHING, RUNNING, Check, Packet, Verdict
-from .order import BURST, LoopDesk, Order, VerifierStats
+from .order import BURST, SMALL_BYTES, LoopDesk, Order, VerifierStats
 from .workers import Child, Digest, Elsewhere, Here, Outcome, Place, Quarantine, Worker, apply
 
 R = TypeVar("R")
@@ -132,7 +132,7 @@ class Verifier(Generic[R]):
         ]
         digest = self._function if isinstance(self._function, Digest) else None
         in_process = workers in ("threads", "cooperative")
-        here_below = 1 << 62 if not self._places else digest.gil_bytes if digest and in_process else 0
+        here_below = 1 << 62 if not self._places else SMALL_BYTES if digest and in_process else 0
         self._order = Order(
             max_bytes,
             here_below,

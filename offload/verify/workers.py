@@ -71,22 +71,17 @@ class Digest:
             digest of fixed length that hashlib has: md5, sha1, sha256, sha3_256, blake2b …
         key: makes it an HMAC (RFC 2104) of that digest.
 
-    Attributes:
-        gil_bytes: packets below this size are digested without giving up the GIL, so another thread gains nothing.
-
     Raises:
         ValueError: no such digest here, or none that takes a key.
     """
 
     def __init__(self, name: str, key: bytes | None = None) -> None:
         self.name, self.key = name, key
-        self.gil_bytes = 2048  # hashlib's own bound, HASHLIB_GIL_MINSIZE; blake3 has the same
         self.new: Callable[[], Hasher]
         self.once: Callable[[Buffer], bytes]
         if key is not None and name in ("crc32", "blake3"):
             raise ValueError(f"{name} with a key is no HMAC; use a digest of hashlib, for example sha256")
         if name == "crc32":
-            self.gil_bytes = 5 << 10  # zlib's
             self.new, self.once = _Crc32, _crc32
             return
         if name == "blake3":
