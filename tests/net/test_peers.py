@@ -277,3 +277,74 @@ def test_send_without_retry_says_why_it_cannot(tmp_path: Path) -> None:
     assert result.returncode not in (0, 2)
     assert len(result.stderr.splitlines()) == 1
     assert "onnect" in result.stderr
+
+
+def run(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(Path(offload.__file__).parents[1])}
+    command = [sys.executable, "-m", "offload", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=PATIENCE)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--listen", "TAKEN", "-o", "out"], 4, "TAKEN: Address already in use"),
+        (["--listen", "unix:no/dir/s", "-o", "out"], 4, "unix:no/dir/s: No such file or directory"),
+        (["--listen", "127.0.0.1:0", "-o", "no/dir/out"], 4, "no/dir/out: No such file or directory"),
+        (["--listen", "127.0.0.1:0", "-o", "LOG"], 3, "LOG: no packet file, or a damaged one"),
+        (["--listen", "127.0.0.1:0", "-o", "out", "--tls-cert", "no", "--tls-key", "no"], 4, "no: No such file"),
+        (["--listen", "127.0.0.1:0", "-o", "out", "--tls-cert", "LOG", "--tls-key", "LOG"], 4, "LOG: TLS: "),
+        (["--listen", "127.0.0.1:0", "-o", "out", "--secret-file", "no"], 4, "no: No such file or directory"),
+        (["--listen", "127.0.0.1:0", "-o", "out", "--max-connections", "0"], 2, "connections is 0, expected more than"),
+        (["--listen", "127.0.0.1:0", "-o", "out", "--on-error", "resync"], 2, "resync needs a magic"),
+    ],
+)
+def test_serve_that_cannot_says_what_is_wrong(arguments: list[str], code: int, message: str, tmp_path: Path) -> None:
+    """A port in use, a folder that is not there, a file that is no certificate: one line that names it."""
+    (tmp_path / "LOG").write_text("a log, and no packet file\n")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        result = run("serve", *[a.replace("TAKEN", address) for a in arguments], cwd=tmp_path)
+    assert result.returncode == code, result.stderr
+    assert message.replace("TAKEN", address) in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_serve_tells_why_it_closed_a_connection(tmp_path: Path) -> None:
+    """A peer that speaks another framing is closed, and told why; a flood of them not one by one."""
+    with Serve(tmp_path, "octet") as serve:
+        for _ in range(100):
+            with socket.create_connection((serve.host, serve.port)) as peer:
+                peer.sendall(b"GET / HTTP/1.0\r\n\r\n")
+                assert peer.recv(1) == b""
+    reasons = [line for line in serve.said().splitlines() if "is closed: byte 0: found b'GET / HTTP/'" in line]
+    assert 1 <= len(reasons) < 100
+    assert serve.summary["bad"] == 100
+
+
+def test_serve_skips_bad_packets_if_told_to(tmp_path: Path) -> None:
+    """With --on-error skip a packet with a wrong digest is left out and counted, and those behind it are stored."""
+    good = struct.pack(">I", 3) + b"abc" + struct.pack(">I", 0x352441C2)
+    with Serve(tmp_path, ">I,crc32", "--on-error", "skip") as serve:
+        with socket.create_connection((serve.host, serve.port)) as peer:
+            peer.sendall(good + good[:-1] + b"?" + good)
+        assert serve.wait_for(2) == [b"abc"] * 2
+    assert (serve.summary["skipped"], serve.summary["bad"]) == (1, 0)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_send_ends_while_it_waits_for_an_answer(number: signal.Signals, tmp_path: Path) -> None:
+    """Ctrl-C and SIGTERM end a `send` whose server takes the connection and says nothing, with 1: not all was sent."""
+    (tmp_path / "LOG").write_text("line\n")
+    environment = os.environ | {"PYTHONPATH": str(Path(offload.__file__).parents[1])}
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        command = [sys.executable, "-m", "offload", "send", str(tmp_path / "LOG"), "--to", address]
+        with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as sending:
+            peer, _ = silent.accept()
+            with peer:
+                assert peer.recv(4) != b""  # its hello: now it waits
+                sending.send_signal(number)
+                _, said = sending.communicate(timeout=PATIENCE)
+    assert sending.returncode == 1, said
+    assert said.splitlines()[0] == "offload: ended before everything was sent; start it again to go on"
