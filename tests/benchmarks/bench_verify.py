@@ -5,8 +5,9 @@
 
 On the loop: the digest in place, others get their turn after each 256 KiB, as a protocol's callbacks would. Two queues:
 one process, a `multiprocessing.Queue` to it and one back, whose reader is a thread that wakes the loop for each packet.
-The ratio is in throughput. The stall is the longest time by which a task that sleeps a millisecond was late; a loop
-without any work stands beside it, since a busy machine stalls that one too.
+The ratio is in throughput. The stall is the longest time by which a task that sleeps a millisecond was late. A busy
+machine stalls a loop without any work too, so the second figure leaves out the time that Linux counts as ready to run
+and without a CPU; what waits for the GIL is in it. CPU time is that of this process, where that does the work.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ Contestant = Callable[[Function, Sequence[bytes], Sequence[Any]], Awaitable[floa
 
 TURN_BYTES = 256 << 10
 SIZES = (100, 1 << 10, 4 << 10, 16 << 10, 64 << 10, 1 << 20)
-INLINE, THREADS = "on the loop", "threads"
+INLINE, THREADS, COOPERATIVE = "on the loop", "threads", "cooperative"
+ALONE = (INLINE, THREADS, COOPERATIVE)  # have no help from other processes
 
 
 # --- what is checked: importable, for other processes -----------------------------------------------------------------
@@ -151,15 +153,26 @@ def check(ok: object) -> None:
 # --- measuring --------------------------------------------------------------------------------------------------------
 
 
-async def watched(work: Callable[[], Awaitable[float]]) -> tuple[float, float]:
-    """Seconds that the work took, and the longest by which a task beside it was late."""
-    worst = 0.0
+def without_cpu() -> float:
+    """Seconds for which this thread was ready to run and did not."""
+    try:
+        with open("/proc/thread-self/schedstat", encoding="ascii") as file:
+            return int(file.read().split()[1]) / 1e9
+    except OSError:  # not Linux
+        return 0.0
+
+
+async def watched(work: Callable[[], Awaitable[float]]) -> tuple[float, float, float]:
+    """Seconds that the work took, the longest by which a task beside it was late, and the same with a CPU."""
+    worst = worst_with_cpu = 0.0
     task = asyncio.ensure_future(work())
     while not task.done():
-        start = time.perf_counter()
+        start, waited = time.perf_counter(), without_cpu()
         await asyncio.sleep(0.001)
-        worst = max(worst, time.perf_counter() - start - 0.001)
-    return await task, worst
+        late = time.perf_counter() - start - 0.001
+        worst = max(worst, late)
+        worst_with_cpu = max(worst_with_cpu, late - (without_cpu() - waited))
+    return await task, worst, worst_with_cpu
 
 
 async def idle() -> float:
@@ -169,9 +182,14 @@ async def idle() -> float:
 
 def measure(figures: Figures, name: str, quantity: str, contestant: Contestant, job: Job) -> None:
     gc.collect()
-    seconds, stall = asyncio.run(watched(lambda: contestant(job.function, job.packets, job.expected)))
+    cpu = time.process_time()
+    seconds, stall, with_cpu = asyncio.run(watched(lambda: contestant(job.function, job.packets, job.expected)))
+    cpu = time.process_time() - cpu
     figures.add(name, quantity, len(job.packets) / seconds)
     figures.add(name, f"{quantity}, stall", stall * 1e3)
+    figures.add(name, f"{quantity}, stall with a CPU", with_cpu * 1e3)
+    if name in ALONE:
+        figures.add(name, f"{quantity}, CPU", cpu / len(job.packets) * 1e6)
 
 
 class Job:
@@ -192,7 +210,7 @@ def contestants(executor: Executor | None) -> dict[str, Contestant]:
     found = {
         INLINE: with_nothing,
         THREADS: with_verifier("threads"),
-        "cooperative": with_verifier("cooperative"),
+        COOPERATIVE: with_verifier("cooperative"),
         "processes": with_verifier("processes"),
         "two queues": with_two_queues,
     }
@@ -202,7 +220,7 @@ def contestants(executor: Executor | None) -> dict[str, Contestant]:
 
 
 def run(options: Options) -> list[Table]:
-    rounds = options.round_count(5)
+    rounds = options.round_count(4)
     total = options.count(64 << 20, 2 << 20)
     jobs = {}
     for size in SIZES:
@@ -215,6 +233,8 @@ def run(options: Options) -> list[Table]:
     notes: list[str] = []
     with ExitStack() as stack:
         named = contestants(dask(stack, notes))
+        gc.collect()
+        gc.freeze()  # what was imported, for Dask above all: to look through it takes longer than any stall here
         for i in range(rounds):
             for name in shuffled(list(named), i):
                 tell(f"verify: round {i + 1} of {rounds}, {name}")
@@ -229,7 +249,7 @@ def run(options: Options) -> list[Table]:
 
 def fewer(job: Job, name: str) -> Job:
     """Who needs a millisecond for each packet does not get forty thousand."""
-    if name in (INLINE, THREADS, "cooperative") or len(job.packets) <= 4000:
+    if name in ALONE or len(job.packets) <= 4000:
         return job
     return Job(job.function, job.packets[:8], 4000)
 
@@ -249,7 +269,7 @@ def dask(stack: ExitStack, notes: list[str]) -> Executor | None:
 
 def table(title: str, job: Job, figures: Figures, names: list[str]) -> Table:
     size = len(job.packets[0])
-    head = ("", "packets/s", "MB/s", "times on the loop", "longest stall, ms")
+    head = ("", "packets/s", "MB/s", "times on the loop", "CPU, µs/packet", "longest stall, ms", "with a CPU, ms")
     result = Table(f"Verify: {title} ({size:,} bytes, {job.cost * 1e6:,.1f} µs)", head)
     for name in names:
         result.rows.append(
@@ -258,7 +278,9 @@ def table(title: str, job: Job, figures: Figures, names: list[str]) -> Table:
                 figures.show(name, title),
                 figures.show(name, title, size / 1e6),
                 figures.ratio(name, INLINE, title),
+                figures.show(name, f"{title}, CPU"),
                 figures.show(name, f"{title}, stall"),
+                figures.show(name, f"{title}, stall with a CPU"),
             )
         )
     return result
