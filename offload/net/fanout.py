@@ -7,6 +7,7 @@ Promises:
       "wait" makes `publish` wait, and so the senders; "drop-oldest" and "disconnect" keep nobody waiting.
     - A packet is one object, however many wait for it. To a connection it goes in pieces of SEND_BYTES (`give`), so a
       hundred peers that never read cost one queue together, and each what its socket's buffer takes.
+    - One turn of the loop sends about TURN_BYTES, to those who wait longest, however many subscribers there are.
 
 For one loop.
 """
@@ -29,6 +30,7 @@ POLICIES: tuple[Policy, ...] = ("wait", "drop-oldest", "disconnect")
 
 MAX_BYTES = 4 << 20
 SEND_BYTES = 64 << 10  # past this a system call's share no longer shows
+TURN_BYTES = 16 * SEND_BYTES  # a millisecond or two of joining and system calls
 ITEM_COST = 64  # bytes that an item costs beside its own
 
 
@@ -57,17 +59,24 @@ class Subscription:
         Raises:
             QueueFullError: it was too slow, and its policy is "disconnect".
         """
+        return self._take(max_bytes) if await self._filled() else []
+
+    async def _filled(self) -> bool:
+        """Wait until something waits to be taken; False: nothing more comes. Raises as `batch`."""
         while not self._queue:
             if self._error is not None:
                 raise self._error
             if self._ended:
-                return []
+                return False
             assert self._waiter is None, "one consumer"
             self._waiter = asyncio.get_running_loop().create_future()
             try:
                 await self._waiter
             finally:
                 self._waiter = None
+        return True
+
+    def _take(self, max_bytes: int | None) -> list[Buffer]:
         if max_bytes is None or self.waiting_bytes <= max_bytes:
             batch = list(self._queue)
             self._queue.clear()
@@ -108,8 +117,9 @@ class Subscription:
         self._wake()
 
     async def _send_to(self, connection: Connection) -> None:
-        while frames := await self.batch(SEND_BYTES):
-            await connection.send_frames(frames)
+        while await self._filled():
+            await self._fanout._turns.wait(min(self.waiting_bytes, SEND_BYTES))
+            await connection.send_frames(self._take(SEND_BYTES))  # none, if it was disconnected meanwhile
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
@@ -123,6 +133,38 @@ class Subscription:
         self._queue.clear()
         self.waiting_bytes = 0
         self._fanout._leave(self)
+
+
+class _Turns:
+    """Who may send in this turn of the loop: TURN_BYTES of them, and the others in the next ones, as they came."""
+
+    def __init__(self) -> None:
+        self._left = TURN_BYTES
+        self._waiting: deque[tuple[asyncio.Future[None], int]] = deque()
+        self._renewing = False
+
+    async def wait(self, size: int) -> None:
+        if not self._renewing:
+            self._renewing = True
+            asyncio.get_running_loop().call_soon(self._renew)
+        if self._left > 0 and not self._waiting:
+            self._left -= size
+            return
+        turn = asyncio.get_running_loop().create_future()
+        self._waiting.append((turn, size))
+        await turn
+
+    def _renew(self) -> None:
+        """A turn of the loop is over."""
+        self._left = TURN_BYTES
+        self._renewing = bool(self._waiting)
+        while self._waiting and self._left > 0:
+            turn, size = self._waiting.popleft()
+            if not turn.done():  # its peer has gone
+                turn.set_result(None)
+                self._left -= size
+        if self._renewing:
+            asyncio.get_running_loop().call_soon(self._renew)
 
 
 class Fanout:
@@ -139,6 +181,7 @@ class Fanout:
         self._framer = framer
         self._subscriptions: dict[Subscription, None] = {}
         self._room: asyncio.Future[None] | None = None
+        self._turns = _Turns()
         self._closed = False
 
     def __len__(self) -> int:

@@ -16,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_a
 from offload.errors import BrokenResourceError, ClosedResourceError, QueueFullError
 from offload.net.connection import Connection
 from offload.net.dial import connect
-from offload.net.fanout import ITEM_COST, POLICIES, SEND_BYTES, Fanout, Policy, Subscription
+from offload.net.fanout import ITEM_COST, POLICIES, SEND_BYTES, TURN_BYTES, Fanout, Policy, Subscription
 from offload.net.limits import Limits
 from offload.net.server import PacketServer
 from offload.packets.codec import Buffer
@@ -282,6 +282,68 @@ async def test_a_hundred_that_never_read_cost_one_queue(policy: Policy) -> None:
         await server.aclose()
     # The queues share their packets; what a transport has not given to its socket is a slice, and up to one under way.
     assert held <= 1.2 * (bound + 20 * each) + 100 * (2 * SEND_BYTES + each)
+
+
+async def test_one_turn_of_the_loop_sends_to_some_subscribers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many subscribers wait for a burst, others get the loop after TURN_BYTES of it, and nobody is left out."""
+    turn, sent = 0, [0]
+    write = Connection.write_frames
+
+    def watched(self: Connection, frames: list[Buffer]) -> None:
+        sent.extend([0] * (turn + 1 - len(sent)))
+        sent[turn] += sum(map(len, frames))
+        write(self, frames)
+
+    async def count() -> None:
+        nonlocal turn
+        while True:
+            await asyncio.sleep(0)
+            turn += 1
+
+    fanout = Fanout(PrefixFramer())
+    async with PacketServer(fanout.give) as server, contextlib.AsyncExitStack() as stack:
+        address = await server.listen("127.0.0.1:0")
+        peers = [await stack.enter_async_context(connect(address, PrefixFramer)) for _ in range(50)]
+        while len(fanout) < 50:  # noqa: ASYNC110 - subscribed when the server's tasks have run
+            await asyncio.sleep(0.001)
+        monkeypatch.setattr(Connection, "write_frames", watched)
+        counting = asyncio.ensure_future(count())
+        packets = [Packet(b"%04d" % n + bytes(4000), 0) for n in range(64)]
+        await fanout.forward(packets)
+        for peer in peers:
+            for expected in packets:
+                assert (found := await peer.packet()) is not None
+                assert found.payload == expected.payload
+        counting.cancel()
+    assert sum(sent) == 50 * 64 * 4008
+    # The first ones are not told apart from the turn that renewed it.
+    assert max(sent) <= 2 * (TURN_BYTES + SEND_BYTES)
+
+
+async def test_subscriber_that_leaves_while_it_waits_for_its_turn_keeps_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Subscribers are cut off while all wait for their turn; those that are left get everything."""
+    fanout = Fanout(PrefixFramer())
+    async with PacketServer(fanout.give) as server, contextlib.AsyncExitStack() as stack:
+        address = await server.listen("127.0.0.1:0")
+        peers = [await stack.enter_async_context(connect(address, PrefixFramer)) for _ in range(60)]
+        while len(fanout) < 60:  # noqa: ASYNC110 - as above
+            await asyncio.sleep(0.001)
+        await fanout.forward([Packet(bytes(SEND_BYTES), 0)])
+        await asyncio.sleep(0)
+        for peer in peers[::2]:
+            peer.abort()
+        for connection in server.connections[1:30:2]:
+            connection.abort()
+        async with asyncio.timeout(30):
+            got = [await _first(peer) for peer in peers[31::2]]
+        assert got == [SEND_BYTES] * 15
+
+
+async def _first(peer: Connection) -> int:
+    with contextlib.suppress(BrokenResourceError, ClosedResourceError):
+        packet = await peer.packet()
+        return 0 if packet is None else len(packet.payload)
+    return 0
 
 
 def small_buffer(connection: Connection, which: int) -> None:
