@@ -1,7 +1,7 @@
 """The command line: `offload merge | cat | verify | split | stat | demo | run | serve | send`.
 
-The only place that prints, with `cli_run` and `cli_live` for `offload run`, and `cli_net` for `serve` and `send`. Results
-go to stdout, everything else to stderr; a status line only if that is a terminal.
+The only place that prints, with `cli_run` and `cli_live` for `offload run`, and `cli_net` for `serve` and `send`.
+Results go to stdout, everything else to stderr; a status line only if that is a terminal.
 What a command needs is imported when it runs, so that `offload --version` starts as fast as Python lets it.
 """
 

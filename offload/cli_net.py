@@ -122,6 +122,7 @@ def serve(
     from .net.receiver import BATCH_BYTES
     from .net.server import PacketServer
     from .packets.framing import framer_factory
+    from .verify import Verifier
 
     if output is None and not subscribers:
         raise typer.BadParameter("the packets go nowhere: give --output or --subscribers")
@@ -131,7 +132,7 @@ def serve(
         limits = Limits(connections=max_connections, total_bytes=max_memory, idle=idle)
         make = functools.partial(framer_factory(framing), max_packet=max_packet, on_error=on_error.value)
         out = framer_factory(framing)(max_packet=max(max_packet, BATCH_BYTES))
-        make()
+        digest = make().digest
         secret = _secret(secret_file)
 
     async def run() -> tuple[Receiver | None, PacketServer]:
@@ -149,8 +150,10 @@ def serve(
             receiver = None
             if output is not None:
                 receiver = await _receiver(stack, output, framing, fsync, fanout)
+            handle = receiver.handle if receiver else take
+            verifier = await stack.enter_async_context(Verifier(digest)) if digest is not None else None
+            server = PacketServer(handle, framing=make, limits=limits, secret=secret, verifier=verifier)
             # One for the subscribers too, so that they end last.
-            server = PacketServer(receiver.handle if receiver else take, framing=make, limits=limits, secret=secret)
             give = functools.partial(fanout.give, policy=policy.value)
             unlimited = dataclasses.replace(limits, idle=None)
             others = PacketServer(give, framing=make, limits=unlimited, secret=secret)

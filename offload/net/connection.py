@@ -1,14 +1,15 @@
 """One connection that carries packets: received into its framer, queued in order, bounded in bytes.
 
-    socket ─► framer ─► queue ─► `async for packet in connection`
+    socket ─► framer ─► queue ─► `async for packet in connection`      (with a Verifier: `checks.py` before the queue)
                  └─ over the high-water mark reading pauses; at half of it, it goes on
 
 Promises:
     - Packets come in the order of the stream. Behind the last whole one the iteration ends, or raises what ended it.
-    - What is queued, what the consumer has taken and not asked beyond, and the packet under way count as this
-      connection's memory. Over `Limits.connection_bytes` it is not read; over the server's `Limits.total_bytes` none
-      is, but one at a time when nobody has a packet that could be taken: so a crowd of half-sent packets cannot stop
-      each other for ever, and the bound is passed by one receive and one packet at most.
+    - What is queued or being checked, what the consumer has taken and not asked beyond, and the packet under way count
+      as this connection's memory. Over `Limits.connection_bytes` it is not read; over the server's `Limits.total_bytes`
+      none is, but one at a time when nobody has a packet that could be taken: so a crowd of half-sent packets cannot
+      stop each other for ever, and the bound is passed by one receive and one packet at most.
+    - Others get the loop after BATCH_PACKETS, however many wait.
     - `send` waits while the peer does not take what was sent before.
     - All of it runs on the connection's loop; nothing here blocks.
 """
@@ -25,10 +26,11 @@ from typing import Any, cast
 from ..errors import BrokenResourceError, ClosedResourceError, OffloadError, PacketError
 from ..packets.codec import Buffer
 from ..packets.framer import Framer, Packet
-from .limits import ALONE, Budget, Limits
+from .checks import Checks
+from .limits import ALONE, PACKET_COST, Budget, Limits, cost
 
 KEEP_ALIVE = 60  # seconds of silence until the system asks, and of no answer until it gives up
-PACKET_COST = 256  # bytes that Python needs for a Packet and its payload beside the payload's own
+BATCH_PACKETS = 2048  # more than one receive of 100 bytes each; some milliseconds of a handler that takes 2 µs each
 
 
 class Connection(asyncio.BufferedProtocol):
@@ -37,6 +39,7 @@ class Connection(asyncio.BufferedProtocol):
     Args:
         framer: its own; it must not be used for anything else.
         limits, budget: as above.
+        checks: of this framer, where digests are checked off the loop.
         made: called when the peer is there.
 
     Attributes:
@@ -52,6 +55,7 @@ class Connection(asyncio.BufferedProtocol):
         *,
         limits: Limits | None = None,
         budget: Budget | None = None,
+        checks: Checks | None = None,
         made: Callable[[Connection], object] = lambda connection: None,
     ) -> None:
         self.framer = framer
@@ -62,14 +66,16 @@ class Connection(asyncio.BufferedProtocol):
         self.closed: asyncio.Future[None] = self._loop.create_future()
         self._budget = budget or Budget(self.limits.total_bytes)
         self._made = made
+        self._checks = checks
         self._transport: asyncio.Transport | None = None
-        self._queue: deque[Packet] = deque()
+        self._queue: deque[Packet] = deque()  # what the consumer may take
         self._queued = self._lent = self._held = 0  # bytes: in the queue, with the consumer, of the packet under way
         self._waiter: asyncio.Future[None] | None = None  # of the consumer
         self._room: asyncio.Future[None] | None = None  # of who sends
         self._holds: set[str] = set()  # why it is not read
         self._error: Exception | None = None
         self._ended = False
+        self._more = False  # packets wait that were not in the last batch
         self._since = self._begun = self._loop.time()  # of the last byte; of the packet under way
 
     def __repr__(self) -> str:
@@ -78,27 +84,27 @@ class Connection(asyncio.BufferedProtocol):
     # --- for the consumer ---------------------------------------------------------------------------------------------
 
     async def batch(self) -> list[Packet]:
-        """All packets that wait, at least one; none: the peer has ended the stream between two packets.
+        """All packets that wait, at least one, at most BATCH_PACKETS; none: the peer has ended between two packets.
 
         Raises:
             PacketError: bytes that are no packet; where, counts from the start of the stream.
             BrokenResourceError: the connection broke, was closed by a limit, or ended inside a packet's frame.
         """
         self._return()
-        while not self._queue:
-            if self._error is not None:
-                raise self._error
-            if self._ended:
-                return []
-            assert self._waiter is None, "one consumer"
-            self._waiter = self._loop.create_future()
-            try:
-                await self._waiter
-            finally:
-                self._waiter = None
-        batch = list(self._queue)
-        self._queue.clear()
-        self._queued, self._lent = 0, self._queued
+        if self._more:
+            self._more = False
+            await asyncio.sleep(0)
+        if not await self._filled():
+            return []
+        if len(self._queue) <= BATCH_PACKETS:
+            batch = list(self._queue)
+            self._queue.clear()
+            self._queued, self._lent = 0, self._queued
+        else:
+            batch = [self._queue.popleft() for _ in range(BATCH_PACKETS)]
+            self._lent = _costs(batch)
+            self._queued -= self._lent
+            self._more = True
         return batch
 
     async def __aiter__(self) -> AsyncIterator[Packet]:
@@ -110,16 +116,10 @@ class Connection(asyncio.BufferedProtocol):
     async def packet(self) -> Packet | None:
         """The next packet; None: as the end of `batch`."""
         self._return()
-        if not self._queue:
-            batch = await self.batch()
-            if not batch:
-                return None
-            first, *rest = batch
-            self._queue.extend(rest)
-            self._queued, self._lent = self._lent - _cost(first), _cost(first)
-            return first
+        if not await self._filled():
+            return None
         packet = self._queue.popleft()
-        self._lent = _cost(packet)
+        self._lent = cost(packet)
         self._queued -= self._lent
         return packet
 
@@ -190,7 +190,11 @@ class Connection(asyncio.BufferedProtocol):
     @property
     def memory_bytes(self) -> int:
         """What counts against the limits."""
-        return self._queued + self._lent + self._held
+        return self._takeable + self._held
+
+    @property
+    def _takeable(self) -> int:
+        return self._queued + self._lent + (self._checks.bytes if self._checks is not None else 0)
 
     @property
     def is_read(self) -> bool:
@@ -293,7 +297,7 @@ class Connection(asyncio.BufferedProtocol):
         if self.framer.error is not None:
             self._finish(self.framer.error)
             self.hold("fault")
-        elif self.memory_bytes > self.limits.connection_bytes and self._queued + self._lent:
+        elif self.memory_bytes > self.limits.connection_bytes and self._takeable:
             self.hold("full")
         self._budget.settle()
 
@@ -335,13 +339,61 @@ class Connection(asyncio.BufferedProtocol):
 
     def _accept(self, packets: list[Packet]) -> None:
         self._hold_bytes(self.framer.held_bytes)
-        if packets:
-            cost = sum([len(packet[0]) for packet in packets]) + PACKET_COST * len(packets)  # [0]: the payload
+        if not packets:
+            return
+        if self._checks is None:
+            size = _costs(packets)
             self._queue.extend(packets)
-            self._queued += cost
-            self._budget.used += cost
-            self._budget.takeable += cost
-            self._wake()
+            self._queued += size
+            self._count(size)
+        else:
+            before = self._checks.bytes
+            try:
+                self._checks.put(packets)
+            except OffloadError as exc:  # the verifier is closed, or broken
+                self._finish(exc)
+                self.hold("fault")
+            self._count(self._checks.bytes - before)
+        self._wake()
+
+    def _count(self, size: int) -> None:
+        self._budget.used += size
+        self._budget.takeable += size
+
+    async def _filled(self) -> bool:
+        """Wait until there is something to take; False: the stream has ended. Raises as `batch`."""
+        while not self._queue:
+            if self._checks:
+                await self._checks.wait()
+                self._take_checked(self._checks)
+                continue
+            if self._error is not None:
+                raise self._error
+            if self._ended:
+                return False
+            assert self._waiter is None, "one consumer"
+            self._waiter = self._loop.create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        return True
+
+    def _take_checked(self, checks: Checks) -> None:
+        """What is found right may be taken; what is wrong, and what stands behind an end, is no memory of ours."""
+        before = checks.bytes
+        good, error = checks.take()
+        size = _costs(good)
+        self._queue.extend(good)
+        self._queued += size
+        self._count(checks.bytes + size - before)
+        if error is not None:
+            self.hold("fault")
+            self._error = error  # it stands before whatever ended the stream meanwhile
+            self._finish(error)
+        if self._takeable <= self.limits.connection_bytes // 2:
+            self.let_go("full")
+        self._budget.settle()
 
     def _hold_bytes(self, held: int) -> None:
         self._budget.used += held - self._held
@@ -350,16 +402,17 @@ class Connection(asyncio.BufferedProtocol):
     def _return(self) -> None:
         """The consumer has done with what it took."""
         lent, self._lent = self._lent, 0
-        self._budget.used -= lent
-        self._budget.takeable -= lent
-        if self._queued <= self.limits.connection_bytes // 2:
+        self._count(-lent)
+        if self._takeable <= self.limits.connection_bytes // 2:
             self.let_go("full")
         self._budget.settle()
 
     def give_back(self) -> None:
         """The consumer has gone: what is queued is nobody's."""
-        self._lent += self._queued
+        self._lent = self._takeable
         self._queued = 0
+        if self._checks is not None:
+            self._checks.drop()
         self._queue.clear()
         self._return()
 
@@ -378,8 +431,8 @@ class Connection(asyncio.BufferedProtocol):
         return BrokenResourceError(f"the connection with {self.peer} is gone")
 
 
-def _cost(packet: Packet) -> int:
-    return len(packet.payload) + PACKET_COST
+def _costs(packets: list[Packet]) -> int:
+    return sum([len(packet[0]) for packet in packets]) + PACKET_COST * len(packets)  # [0]: the payload
 
 
 def _keep_alive(transport: asyncio.Transport) -> None:

@@ -6,9 +6,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from ..packets.framer import Packet
     from .connection import Connection
 
 ALONE = 5.0  # seconds
+PACKET_COST = 256  # bytes that Python needs for a Packet and its payload beside the payload's own
+
+
+def cost(packet: Packet) -> int:
+    """Bytes that a packet counts for."""
+    return len(packet.payload) + PACKET_COST
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ Promises:
     - `drain` takes no more connections, lets handlers have what has come (as far as whole packets go), waits for them,
       and closes; what is not done in time is cut off and counted.
 
-All on the loop that listens. A handler that blocks belongs on a LoopThread, a checksum on a Verifier.
+All on the loop that listens. A handler that blocks belongs on a LoopThread, costly digests on a `verifier`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ from typing import Any, Self
 from ..errors import BrokenResourceError, ClosedResourceError, OffloadError, PacketError
 from ..packets.framer import Framer
 from ..packets.framing import PrefixFramer
+from ..verify import Verifier
 from .auth import challenge, check_secret
+from .checks import Checks
 from .connection import Connection
 from .dial import parse_address
 from .limits import Budget, Limits
@@ -78,6 +80,8 @@ class PacketServer:
         framing: makes a framer for each connection, for example `partial(PrefixFramer, ">HI")`.
         limits: what peers may use.
         secret: at least 16 bytes that clients must know; None: no challenge.
+        verifier: opened; checks the framing's digests off the loop (`Verifier("sha256")` for `digest="sha256"`), those
+            of small packets excepted. Several servers may share it; close it after them. None: checked on the loop.
         options: for the framers: `max_packet`, `on_error`, `on_fault`.
     """
 
@@ -88,6 +92,7 @@ class PacketServer:
         framing: Callable[..., Framer] = PrefixFramer,
         limits: Limits | None = None,
         secret: bytes | None = None,
+        verifier: Verifier[bytes] | None = None,
         **options: Any,
     ) -> None:
         self.limits = limits or Limits()
@@ -95,7 +100,10 @@ class PacketServer:
         self.budget = Budget(self.limits.total_bytes)
         self._handler = handler
         self._framing = partial(framing, **options)
-        self._framing()  # what it cannot be is told here
+        framer = self._framing()  # what it cannot be is told here
+        if verifier is not None and framer.digest is None:
+            raise ValueError(f"a verifier checks digests, and {framing} has none; give a framing with digest=")
+        self._verifier = verifier
         self._secret = None if secret is None else check_secret(secret)
         self._listening: list[asyncio.Server] = []
         self._paths: dict[str, int] = {}  # of sockets, with their inodes
@@ -190,7 +198,9 @@ class PacketServer:
     # --- connections --------------------------------------------------------------------------------------------------
 
     def _make(self, tls: ssl.SSLContext | None) -> Connection:
-        return Connection(self._framing(), limits=self.limits, budget=self.budget, made=partial(self._admit, tls))
+        framer = self._framing()
+        checks = None if self._verifier is None else Checks(self._verifier, framer)
+        return Connection(framer, limits=self.limits, budget=self.budget, checks=checks, made=partial(self._admit, tls))
 
     def _admit(self, tls: ssl.SSLContext | None, connection: Connection) -> None:
         if self._closed or len(self._tasks) >= self.limits.connections:

@@ -32,7 +32,8 @@ class Packet(NamedTuple):
         payload: its bytes, without header, digest and line end.
         offset: of its frame, in bytes from the start of the stream.
         fields: the header's fields, as `struct` gives them; empty where there is no such header.
-        digest: as the sender stated it, for who checks it elsewhere; empty without one.
+        digest: as the sender stated it, for who checks it elsewhere (a CRC-32 in big-endian order, as a Verifier gives
+            it); empty without one.
     """
 
     payload: bytes
@@ -60,7 +61,12 @@ class Framer(ABC):
     Attributes:
         error: the fault that ended the stream; None: it goes on.
         faults: how many were found.
+        digest: what hashes the payloads; None: they have no digest.
+        check_below: digests of payloads of fewer bytes are checked here, the others by who takes the packets.
     """
+
+    digest: str | Callable[[bytes], bytes] | None = None
+    check_below: int = 0
 
     def __init__(
         self,
@@ -86,6 +92,7 @@ class Framer(ABC):
         self._small = bytearray()  # of a header or digest that is not whole yet
         self._buffer: bytearray | None = None  # to receive into
         self._pinned = False  # whether a piece is a view of what is scanned
+        self._kept: list[bytearray] = []  # buffers of which pieces are views
         self._chunk: bytearray | None = None  # the next piece of a large payload, received where it stays
         self._filled = 0  # bytes in the chunk
 
@@ -141,7 +148,9 @@ class Framer(ABC):
             return self._scanned(buffer, nbytes, stable=True)
         finally:
             # If nothing of it is kept it goes to the next framer that receives: an idle stream holds none.
-            if not self._pinned and len(_spares) < _SPARES:
+            if self._pinned:
+                self._kept.append(buffer)
+            elif len(_spares) < _SPARES:
                 _spares.append(buffer)
 
     def close(self) -> list[Packet]:
@@ -158,6 +167,21 @@ class Framer(ABC):
             self._fail(fault)
         self._clear()
         return packets
+
+    def reject(self, packet: Packet, reason: str) -> None:
+        """Say that a packet which was given out is wrong, for who checks digests elsewhere; in order of the packets.
+
+        Raises:
+            PacketError: it ends the stream, where it stands; packets behind it are none.
+        """
+        error = PacketError(reason, packet.offset)
+        if self._on_error == "close":
+            self.faults += self.error is None  # one that stands behind it counts no more
+            self.error = error
+            raise error
+        self.faults += 1
+        if self._on_fault is not None:
+            self._on_fault(error)
 
     @property
     def offset(self) -> int:
@@ -235,11 +259,20 @@ class Framer(ABC):
         if not self._pieces:
             return bytes(last)
         payload = _JOIN((*self._pieces, last))
-        self._pieces, self._have, self._held = [], 0, 0
+        self._let_go()
         return payload
 
+    def _let_go(self) -> None:
+        """The pieces are not needed any more, nor are their buffers: making one anew costs as much as filling it."""
+        self._pieces, self._have, self._held = [], 0, 0
+        while self._kept:
+            buffer = self._kept.pop()
+            if len(_spares) < _SPARES:
+                _spares.append(buffer)
+
     def _clear(self) -> None:
-        self._pieces, self._have, self._held, self._chunk = [], 0, 0, None
+        self._let_go()
+        self._chunk = None
         self._small.clear()
 
     def _fail(self, fault: Fault) -> None:

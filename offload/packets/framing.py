@@ -31,6 +31,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import struct
+import sys
 import zlib
 from abc import abstractmethod
 from collections.abc import Callable
@@ -238,7 +239,9 @@ class PrefixFramer(_CountedFramer):
         if magic and (not isinstance(fields[0], bytes) or len(magic) != len(fields[0])):
             raise ValueError(f"magic is {len(magic)} bytes, expected a first field of so many in {header!r}")
         self._digest = None if digest is None else _digest(digest, "<" if header[:1] == "<" else ">")
-        self._check_digest = check_digest
+        self.digest = digest
+        self.check_below = sys.maxsize if check_digest else 0
+        self._is_crc_reversed = digest == "crc32" and header[:1] == "<"
         digest_bytes = 0 if digest is None else _digest_bytes(digest)
         self._digest_at: int | None = None
         if digest is not None and isinstance(digest_place, int):
@@ -325,11 +328,11 @@ class PrefixFramer(_CountedFramer):
         if self._digest_at is not None:
             field = self._fields[self._digest_at]
             stated = field if isinstance(field, bytes) else _number(field, self._digest_bytes, self._byteorder)
-        if self._check_digest:
+        if len(payload) < self.check_below:
             found = self._digest(payload)
             if found != stated:
                 raise Fault(f"digest is {found.hex()}, expected {stated.hex()}", skip=0)
-        return Packet(payload, self._start, self._fields, stated)
+        return Packet(payload, self._start, self._fields, stated[::-1] if self._is_crc_reversed else stated)
 
 
 class OctetFramer(_CountedFramer):

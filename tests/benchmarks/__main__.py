@@ -1,4 +1,4 @@
-"""`python tests/benchmarks [hop|sink|merge|startup|follow|verify|net] …`: offload beside its peers, in one run, as tables.
+"""`python tests/benchmarks [hop|sink|merge|startup|follow|verify|net] …`: offload beside its peers, as tables.
 
 Figures of one machine at one time: compare within a table, not between machines. No test depends on them.
 """

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
 import logging.handlers
@@ -330,6 +331,35 @@ def test_serve_skips_bad_packets_if_told_to(tmp_path: Path) -> None:
             peer.sendall(good + good[:-1] + b"?" + good)
         assert serve.wait_for(2) == [b"abc"] * 2
     assert (serve.summary["skipped"], serve.summary["bad"]) == (1, 0)
+
+
+def test_serve_checks_large_packets_and_drains_them(tmp_path: Path) -> None:
+    """A wrong digest of a large packet is told with its byte; what had come before SIGTERM is checked and stored."""
+    payloads = [b"%02d" % n + bytes(100_000) for n in range(20)]
+    frames = [struct.pack(">I", len(p)) + p + hashlib.sha256(p).digest() for p in payloads]
+    with Serve(tmp_path, ">I,sha256") as serve:
+        with socket.create_connection((serve.host, serve.port)) as peer:
+            peer.sendall(frames[0] + frames[1][:-1] + b"?" + frames[2])
+            with contextlib.suppress(ConnectionResetError):  # there was more than it wanted to read
+                assert peer.recv(1) == b""
+        with socket.create_connection((serve.host, serve.port)) as peer:
+            peer.sendall(b"".join(frames[3:]))
+            serve.terminate()
+            serve.process.wait(PATIENCE)
+    assert serve.packets() == [payloads[0], *payloads[3:]]
+    assert f"is closed: byte {len(frames[0])}: digest is" in serve.said()
+    assert (serve.summary["bad"], serve.summary["cut"]) == (1, 0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are counted in /proc")
+def test_serve_checks_digests_on_other_threads(tmp_path: Path) -> None:
+    """With a digest in the framing `serve` has threads for it; without one it has none."""
+    threads = []
+    for framing in (">I", ">I,sha256"):
+        (tmp_path / framing).mkdir()
+        with Serve(tmp_path / framing, framing) as serve:
+            threads.append(len(os.listdir(f"/proc/{serve.process.pid}/task")))
+    assert threads[1] - threads[0] == len(os.sched_getaffinity(0))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
