@@ -7,7 +7,6 @@ import hashlib
 from functools import partial
 
 import offload
-from offload.verify import Verifier
 
 digest = partial(hashlib.pbkdf2_hmac, "sha256", salt=b"salt", iterations=100_000)  # some 50 ms, without the GIL
 results: list[bool] = []
@@ -25,7 +24,7 @@ class Before(asyncio.Protocol):
 
 
 async def after(connection: offload.Connection) -> None:
-    async with Verifier(digest) as verifier:
+    async with offload.Verifier(digest) as verifier:
         async for packet in connection:
             verifier.check(packet.payload, packet.digest).add_done_callback(lambda c: results.append(bool(c.result())))
             await verifier.room()

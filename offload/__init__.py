@@ -55,6 +55,11 @@ if TYPE_CHECKING:
     from .packets.framing import LineFramer as LineFramer
     from .packets.framing import OctetFramer as OctetFramer
     from .packets.framing import PrefixFramer as PrefixFramer
+    from .verify.check import Check as Check
+    from .verify.check import Verdict as Verdict
+    from .verify.order import VerifierStats as VerifierStats
+    from .verify.verifier import Verifier as Verifier
+    from .verify.workers import Digest as Digest
 
 _WHERE = {
     # loops
@@ -99,6 +104,12 @@ _WHERE = {
     "client_context": "net.auth",
     "connect": "net.dial",
     "server_context": "net.auth",
+    # verify
+    "Check": "verify.check",
+    "Digest": "verify.workers",
+    "Verdict": "verify.check",
+    "Verifier": "verify.verifier",
+    "VerifierStats": "verify.order",
     # errors
     "BrokenResourceError": "errors",
     "BusyResourceError": "errors",
@@ -117,9 +128,11 @@ __all__ = [
     "Call",
     "CallState",
     "Calls",
+    "Check",
     "ClosedResourceError",
     "Connection",
     "DeadlockError",
+    "Digest",
     "Fanout",
     "FileSink",
     "ForkedError",
@@ -149,6 +162,9 @@ __all__ = [
     "SlowCallbackDetector",
     "Sources",
     "Stats",
+    "Verdict",
+    "Verifier",
+    "VerifierStats",
     "__version__",
     "client_context",
     "connect",

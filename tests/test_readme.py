@@ -17,7 +17,7 @@ README = (Path(__file__).parent.parent / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
 
 PROGRAMS = [text for kind, text in BLOCKS if kind == "python"]
-SAYS = ("10000 lines merged", "(42,)", "order 1", "payload=b'hello'")
+SAYS = ("10000 lines merged", "(42,)", "order 1", "payload=b'hello'", "right")
 
 
 def complaints(stderr: str) -> list[str]:

@@ -269,14 +269,16 @@ def dask(stack: ExitStack, notes: list[str]) -> Executor | None:
 
 def table(title: str, job: Job, figures: Figures, names: list[str]) -> Table:
     size = len(job.packets[0])
-    head = ("", "packets/s", "MB/s", "times on the loop", "CPU, µs/packet", "longest stall, ms", "with a CPU, ms")
+    moves = job.function is not derive  # whose packets are a few bytes: no MB/s
+    rate = ("packets/s", "MB/s") if moves else ("calls/s",)
+    head = ("", *rate, "times on the loop", "CPU, µs/packet", "longest stall, ms", "with a CPU, ms")
     result = Table(f"Verify: {title} ({size:,} bytes, {job.cost * 1e6:,.1f} µs)", head)
     for name in names:
         result.rows.append(
             (
                 name,
                 figures.show(name, title),
-                figures.show(name, title, size / 1e6),
+                *([figures.show(name, title, size / 1e6)] if moves else []),
                 figures.ratio(name, INLINE, title),
                 figures.show(name, f"{title}, CPU"),
                 figures.show(name, f"{title}, stall"),

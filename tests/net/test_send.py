@@ -203,6 +203,34 @@ async def test_new_connection_takes_the_name_of_a_dead_one(tmp_path: Path) -> No
     assert list(told(tmp_path / "out.opk", tmp_path / "back").values()) == [b"one\n"]
 
 
+async def test_only_one_connection_of_a_name_writes(tmp_path: Path) -> None:
+    """A connection that was replaced and lives on cannot send the same lines again: they are in the file once."""
+    async with (
+        Collector(tmp_path / "out.opk") as collector,
+        connect(collector.address, PrefixFramer) as first,
+    ):
+        await first.send(wire.hello("me"))
+        for message in (source(), lines(b"a\n"), END):
+            await first.send(message)
+        async with asyncio.timeout(PATIENCE), connect(collector.address, PrefixFramer) as second:
+            told_first = [packet.payload for _ in range(2) if (packet := await first.packet()) is not None]
+            assert told_first == [wire.READY, wire.durable(1)]
+            await second.send(wire.hello("me"))
+            while (packet := await second.packet()) is not None and packet.payload != wire.READY:
+                pass
+            for connection in (second, first):
+                with contextlib.suppress(BrokenResourceError):
+                    await connection.send(lines(b"b\n", source_off=2, seq=1))
+                    await connection.send(END)
+            packet = await second.packet()
+            assert packet is not None
+            assert packet.payload == wire.durable(1)
+            first.send_eof()
+            with contextlib.suppress(BrokenResourceError):
+                assert [packet.payload async for packet in first] == [wire.REPLACED]
+    assert list(told(tmp_path / "out.opk", tmp_path / "back").values()) == [b"a\nb\n"]
+
+
 async def test_server_that_does_not_answer_is_given_up(tmp_path: Path) -> None:
     """A server that takes the connection and says nothing does not keep `start` for ever."""
 

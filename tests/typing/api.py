@@ -7,7 +7,7 @@ of the package are used as a user would: by public names only.
 import logging
 import queue
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Executor, Future
 from functools import partial
 from typing import assert_type
@@ -186,6 +186,26 @@ async def streams(path: str, secret: bytes) -> None:
     async with offload.Send([path], "host:7000", name="me") as send:
         assert_type((await send.run()).lines, int)
     offload.Send([path], "host:7000")  # error: call-arg / reportCallIssue
+
+
+async def checks(packet: bytes, handler: Callable[[offload.Connection], Awaitable[object]]) -> None:
+    async with offload.Verifier("sha256", workers="threads") as digests:
+        assert_type(digests, offload.Verifier[bytes])
+        assert_type(digests.check(packet, packet), offload.Check[offload.Verdict[bytes]])
+        assert_type(await digests.digest(packet), bytes)
+        assert_type((await digests.check(packet, packet)).found, bytes)
+        assert_type(digests.submit(packet), Future[bytes])
+        assert_type(digests.stats(), offload.VerifierStats)
+        await digests.room()
+        digests.check("text", packet)  # error: arg-type / reportArgumentType
+        digests.check(packet)  # error: call-arg / reportCallIssue
+        offload.PacketServer(handler, framing=partial(offload.PrefixFramer, digest="sha256"), verifier=digests)
+    with offload.Verifier(len) as sizes:
+        assert_type(sizes, offload.Verifier[int])
+        assert_type(sizes.submit(packet, 5).result(), offload.Verdict[int])
+        offload.PacketServer(handler, verifier=sizes)  # error: arg-type / reportArgumentType
+    assert_type(offload.Digest("sha256", key=packet)(packet), bytes)
+    offload.Verifier("sha256", workers="thread")  # error: call-overload / reportCallIssue,reportArgumentType
 
 
 def errors(call: offload.Call[int]) -> None:
