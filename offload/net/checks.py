@@ -11,6 +11,9 @@ Promises:
       has under way (2 MiB for each worker at most) is let go when that is through.
 
 All on the connection's loop, which the Verifier's workers only wake.
+
+This is for a loop that goes on. A digest as quick as sha256 (64 KiB in 30 µs, with the CPU's own instructions) gains
+no throughput: where a sender and the server share two cores a third was lost. A costly one is worth the way.
 """
 
 from __future__ import annotations
