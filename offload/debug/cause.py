@@ -52,7 +52,7 @@ class Sample(NamedTuple):
     syscall: str | None = None  # as `Probe.syscall` gave it, None if the stall had ended by then
     others: Mapping[int, Frame] = {}  # innermost line of every other thread, by ident
     traced: bool = False  # as `traced` gave it
-    call: str | None = None  # as `calls.called` gave it for the innermost frame, below which is a function in C
+    call: str | None = None  # as `callee.called` gave it for the innermost frame, below which is a function in C
     collecting: bool = False  # whether `program` took a frame away
 
 

@@ -8,18 +8,36 @@ takes its `sys._current_frames()` before anything here.
 from __future__ import annotations
 
 import gc
+import importlib.util
 import os
 import platform
 import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from types import FrameType
+from types import BuiltinFunctionType, FrameType, ModuleType
 from typing import Any, NamedTuple
 
-# Bound at import, before a test's library for frozen time replaces them.
-perf_counter = time.perf_counter
-_CLOCKS: dict[str, Callable[[], float]] = {name: getattr(time, name) for name in ("perf_counter", "monotonic")}
+
+def _genuine() -> ModuleType:
+    """The module `time` as it is, also if we are imported while a test's library has frozen the time."""
+    spec = time.__spec__
+    if isinstance(time.perf_counter, BuiltinFunctionType) or spec is None or spec.loader is None:
+        return time
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class Clock:
+    """The detector's clock, bound at import; in a class, where libraries that freeze the time do not look for it."""
+
+    genuine: Any = _genuine()
+    _perf_counter: Callable[[], float] = genuine.perf_counter
+    now = staticmethod(_perf_counter)
+
+
+_CLOCKS: dict[str, Callable[[], float]] = {n: getattr(Clock.genuine, n) for n in ("perf_counter", "monotonic")}
 _clock_gettime: Callable[[int], float] | None = getattr(time, "clock_gettime", None)
 _process_time = time.process_time
 
@@ -194,15 +212,15 @@ class _GcTimer:
     # A look may find a thread here: see `program`.
     def _seen(self, phase: str, info: Mapping[str, int]) -> None:
         if phase == "start":
-            self._began = perf_counter()
+            self._began = Clock.now()
         elif self._began:  # else: installed by a finaliser in the middle of a collection
-            self._done += perf_counter() - self._began
+            self._done += Clock.now() - self._began
             self._began = 0.0
 
     @property
     def seconds(self) -> float:
         began = self._began
-        return self._done + (perf_counter() - began if began else 0.0)
+        return self._done + (Clock.now() - began if began else 0.0)
 
     def close(self) -> None:
         if self._seen in gc.callbacks:

@@ -32,7 +32,7 @@ from itertools import groupby
 from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
-from .calls import called
+from .callee import called
 from .record import Frame
 
 RUN_ONCE: CodeType = asyncio.base_events.BaseEventLoop._run_once.__code__  # type: ignore[attr-defined]
@@ -67,7 +67,7 @@ class Look:
         places: for each frame of the stack its code, and the instruction that runs.
         job: on a resource's loop: it is what the loop is there for.
         allowed: it may block.
-        syscall, others, traced: see `cause.Sample`.
+        syscall, others, traced, collecting: see `cause.Sample`.
     """
 
     at: float
@@ -79,6 +79,7 @@ class Look:
     job: bool = False
     allowed: bool = False
     traced: bool = False
+    collecting: bool = False
     syscall: str | None = None
     others: Mapping[int, Frame] = field(default_factory=dict)
     places: tuple[tuple[CodeType, int], ...] = ()
@@ -152,15 +153,23 @@ def named(stack: Sequence[Frame], known: Sequence[Frame]) -> tuple[Frame, ...]:
     return tuple(f._replace(function=full.get((f.file, f.function), f.function)) for f in stack)
 
 
-def lines(frames: Mapping[int, FrameType], without: Container[int], most: int = 64) -> dict[int, Frame]:
-    """Where threads stand, by ident: the innermost line of the user's own, else the innermost."""
+def lines(
+    frames: Mapping[int, FrameType], without: Container[int], ours: Container[int] = (), most: int = 64
+) -> dict[int, Frame]:
+    """Where threads stand, by ident: the innermost line of the user's own, else the innermost.
+
+    Args:
+        without: threads that are left out.
+        ours: threads that are left out unless they run something of the user's.
+    """
     found: dict[int, Frame] = {}
     for ident, innermost in frames.items():
         if ident not in without and len(found) < most:
             frame: FrameType | None = innermost
             while frame is not None and not is_user(frame.f_code.co_filename):
                 frame = frame.f_back
-            found[ident] = _frame(frame or innermost)
+            if frame is not None or ident not in ours:
+                found[ident] = _frame(frame or innermost)
     return found
 
 

@@ -22,11 +22,10 @@ from collections.abc import Callable
 from queue import Empty, SimpleQueue
 from types import FrameType
 
-from .clocks import Machine
+from .clocks import Clock, Machine
 from .deadman import DeadMan
-from .edge import CLOCK
-from .ledger import Ledger, Logbook
 from .record import Stall
+from .session import Logbook, Session
 from .stack import lines
 from .watched import Settings, Watched
 
@@ -66,14 +65,14 @@ class Watchdog:
         self,
         watched: dict[int, Watched],
         settings: Settings,
-        ledger: Ledger,
+        session: Session,
         reporter: Reporter | None,
         *,
         deep: bool = False,
     ) -> None:
         self._watched = watched
         self._settings = settings
-        self._ledger = ledger
+        self._session = session
         self._reporter = reporter
         self._deep = deep
         self._tick = settings.threshold / 2
@@ -84,7 +83,7 @@ class Watchdog:
         self._stopping = False
         self._final = False
         self._left: deque[Watched] = deque()  # to be buried
-        self._quiet = CLOCK()  # when a loop was last seen to turn
+        self._quiet = Clock.now()  # when a loop was last seen to turn
 
     def begin(self) -> None:
         """Start the thread."""
@@ -97,7 +96,7 @@ class Watchdog:
         if self._thread is None:  # in a forked child, on the thread of the first loop that turns
             self.begin()
             return
-        self._rang = CLOCK()
+        self._rang = Clock.now()
         with contextlib.suppress(RuntimeError):  # it has been rung
             self._bell.release()
 
@@ -108,7 +107,7 @@ class Watchdog:
 
     def emit(self, stall: Stall) -> None:
         """Keep a stall, and tell of it."""
-        self._ledger.add(stall)
+        self._session.add(stall)
         if self._reporter is not None:
             self._reporter.put(stall)
 
@@ -124,7 +123,7 @@ class Watchdog:
         thread = self._thread
         self._end()
         if thread is None:
-            self._bury_all(CLOCK())
+            self._bury_all(Clock.now())
         if self._reporter is not None:
             self._reporter.end(last=True)
 
@@ -139,29 +138,28 @@ class Watchdog:
     def _run(self) -> None:
         machine = Machine()
         deadman = DeadMan() if self._deep else None
-        own = threading.get_ident()
         failed = False
-        planned = CLOCK()  # the first readings are what the next ones are compared with
+        planned = Clock.now()  # the first readings are what the next ones are compared with
         try:
             stopping = False
             while not stopping:
-                rang = self._bell.acquire(True, max(0.001, planned - CLOCK()))
+                rang = self._bell.acquire(True, max(0.001, planned - Clock.now()))
                 stopping = self._stopping  # asked to while it ticked, it ticks once more: what just ended is told
                 frames: dict[int, FrameType] = current_frames()
-                now = CLOCK()
+                now = Clock.now()
                 late = max(0.0, now - (self._rang if rang else planned))
                 try:
-                    planned = self._look_at_all(frames, now, late, machine, deadman, own)
+                    planned = self._look_at_all(frames, now, late, machine, deadman)
                 except Exception:
                     if not failed:  # one line for a mistake of ours, not forty a second
                         log.exception("the watchdog failed, and goes on")
-                    failed, planned = True, CLOCK() + self._tick
+                    failed, planned = True, Clock.now() + self._tick
                 frames = {}  # a frame that is kept keeps all that its function has in hand
         finally:
             if deadman is not None:
                 deadman.close()
             if self._final:
-                self._bury_all(CLOCK())
+                self._bury_all(Clock.now())
             machine.close()
 
     def _look_at_all(
@@ -171,14 +169,14 @@ class Watchdog:
         late: float,
         machine: Machine,
         deadman: DeadMan | None,
-        own: int,
     ) -> float:
         """One tick; returns when the next one is due."""
         all_watched = list(self._watched.values())
+        ours = {threading.get_ident(), self._reporter.ident if self._reporter is not None else 0}
         for watched in all_watched:
             watched.edge.look(frames, now)
-            watched.look(frames, now, own)
-        others = lines(frames, {own}) if late > self._tick else {}
+            watched.look(frames, now, ours)
+        others = lines(frames, (), ours) if late > self._tick else {}
         moment = machine.read(
             now, late
         )  # which may give up the GIL, and not get it back for long: that is lateness too
@@ -191,9 +189,9 @@ class Watchdog:
             active |= watched.read(moment)
             if others or dumps:
                 watched.woke_late(others, now, dumps.get(watched.edge.thread_id or 0, ()))
-            began = CLOCK()
-            watched.tell(now, frames, own)
-            told += CLOCK() - began
+            began = Clock.now()
+            watched.tell(now, frames, ours)
+            told += Clock.now() - began
             if watched.next_look:
                 pause = min(pause, watched.next_look - now)
             if watched.over or watched.edge.is_over():
@@ -235,6 +233,12 @@ class Reporter:
         self._queue: SimpleQueue[Stall | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
 
+    @property
+    def ident(self) -> int:
+        """Of the thread; 0: there is none."""
+        thread = self._thread
+        return (thread.ident or 0) if thread is not None else 0
+
     def put(self, stall: Stall) -> None:
         """Tell of this; on the watchdog's thread."""
         if self._thread is None:
@@ -249,7 +253,7 @@ class Reporter:
             self._queue.put(None)
             join(thread)
         if last and self._logbook is not None and (thread is None or not thread.is_alive()):
-            self._logbook.flush(CLOCK(), all_of_it=True)
+            self._logbook.flush(Clock.now(), all_of_it=True)
 
     def _run(self) -> None:
         while True:
@@ -258,13 +262,13 @@ class Reporter:
             except Empty:
                 stall = None
                 if self._logbook is not None:
-                    self._logbook.flush(CLOCK())
+                    self._logbook.flush(Clock.now())
                 continue
             if stall is None:
                 return
             try:
                 if self._logbook is not None:
-                    self._logbook.add(stall, CLOCK())
+                    self._logbook.add(stall, Clock.now())
                 if self._on_stall is not None:
                     self._on_stall(stall)
             except Exception:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextvars
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import CodeType, FrameType
 from typing import Any
@@ -22,10 +22,10 @@ from .advice import advise
 from .allow import Allowed, is_inside
 from .announce import Announced
 from .cause import Sample, Window, classify
-from .clocks import Moment, Probe, Reading, traced
+from .clocks import Moment, Probe, Reading, program, traced
 from .edge import Closed, Edge
-from .ledger import Ledger
 from .record import Cause, Frame, Kind, Stall, Verdict
+from .session import Session
 from .stack import Look, Who, below_loop, blamed, contributors, lines, look, named, running_task, stretches
 
 FAST = 0.005  # seconds between two looks
@@ -55,14 +55,14 @@ class Watched:
         next_look: when the thread is to be looked at again, by the detector's clock; 0.0: no stretch is long enough.
     """
 
-    def __init__(self, edge: Edge, settings: Settings, ledger: Ledger, emit: Callable[[Stall], None]) -> None:
+    def __init__(self, edge: Edge, settings: Settings, session: Session, emit: Callable[[Stall], None]) -> None:
         self.edge = edge
         self.resource: Announced | None = None
         self.over = False
         self.next_look = 0.0
         self.buried = False
         self._settings = settings
-        self._ledger = ledger
+        self._session = session
         self._emit = emit
         self._turns = -1
         self._since = 0.0  # of the stretch that the looks belong to
@@ -89,7 +89,7 @@ class Watched:
 
     # --- at each tick, in this order ------------------------------------------------------------------------------
 
-    def look(self, frames: Mapping[int, FrameType], now: float, own: int) -> None:
+    def look(self, frames: Mapping[int, FrameType], now: float, ours: Container[int]) -> None:
         """Look at the thread, if the present stretch is long enough to become a stall."""
         edge = self.edge
         since = edge.peek()
@@ -104,7 +104,7 @@ class Watched:
             return
         frame = frames.get(edge.thread_id or 0)
         if frame is not None:
-            self._looks.append(self._look(frame, frames, now, own))
+            self._looks.append(self._look(frame, frames, now, ours))
             if len(self._looks) > DENSE or self._looks[-1].job:
                 self._interval = min(2 * self._interval, RARE)
         self.next_look = now + self._interval
@@ -132,7 +132,7 @@ class Watched:
                 self._looks[-1].syscall = syscall
         return active
 
-    def tell(self, now: float, frames: Mapping[int, FrameType], own: int) -> None:
+    def tell(self, now: float, frames: Mapping[int, FrameType], ours: Container[int]) -> None:
         """Report what has ended, and what lasts."""
         self._part()
         self._tell_ended()
@@ -143,7 +143,7 @@ class Watched:
             self._report_ongoing(since, now)
         if self.resource is not None and now >= self._queue_check:
             self._queue_check = now + self._settings.queue_threshold / 4
-            self._check_queue(self.resource, now, frames, own)
+            self._check_queue(self.resource, now, frames, ours)
         self._trim()
         self._dump = None
         self.edge.timeline.add(now, self.edge.totals()[1] + (now - since if since else 0.0))
@@ -160,7 +160,7 @@ class Watched:
         self.forget()
         if not self.buried:
             self.buried = True
-            self._ledger.bury(self.edge.record())
+            self._session.bury(self.edge.record())
 
     def woke_late(self, others: Mapping[int, Frame], now: float, dump: tuple[Frame, ...]) -> None:
         """The watchdog was kept from ticking until now.
@@ -189,14 +189,16 @@ class Watched:
         self._level = self._number = 0
         self._interval = self._fast
 
-    def _look(self, frame: FrameType, frames: Mapping[int, FrameType], now: float, own: int) -> Look:
+    def _look(self, frame: FrameType, frames: Mapping[int, FrameType], now: float, ours: Container[int]) -> Look:
         edge = self.edge
         variables = self._settings.variables
-        seen = look(frame, now, edge.loop, base=edge.base, jobs=self.jobs, variables=variables)
+        theirs = program(frame) or frame
+        seen = look(theirs, now, edge.loop, base=edge.base, jobs=self.jobs, variables=variables)
+        seen.collecting = theirs is not frame
         seen.traced = traced(frame, len(seen.stack))
         ident = edge.thread_id or 0
         seen.allowed = self._settings.allowed(seen.stack) or is_inside(ident, running_task(edge.loop))
-        seen.others = lines(frames, {ident, own})
+        seen.others = lines(frames, {ident}, ours)
         return seen
 
     def forget(self) -> None:
@@ -237,7 +239,7 @@ class Watched:
                 self._ended.append((one, [], 0))
 
     def _report_ongoing(self, since: float, now: float) -> None:
-        self._number = self._number or self._ledger.number()
+        self._number = self._number or self._session.number()
         self._report(since, now, self._looks, self._number, ongoing=True)
 
     def _tell_ended(self) -> None:
@@ -246,7 +248,7 @@ class Watched:
                 continue  # what a resource's loop did that nobody saw was its job, for all we know
             if not looks and self._dump is not None and not one.overslept:
                 looks, self._dump = [self._dump], None
-            number = number or self._ledger.number()
+            number = number or self._session.number()
             self._report(one.since, one.until, looks, number, ongoing=False, overslept=one.overslept)
         self._ended.clear()
 
@@ -276,7 +278,7 @@ class Watched:
         stall = Stall(
             number=number,
             loop=self.edge.name,
-            began=self._ledger.at(since),
+            began=self._session.at(since),
             duration=duration,
             threshold=self._settings.threshold,
             kind=Kind.SATURATED if saturated else Kind.SLOW,
@@ -310,6 +312,7 @@ class Watched:
                 one.others,
                 one.traced,
                 one.call_at(one.stack[-1]) if one.stack else None,
+                one.collecting,
             )
             for one in looks or [one for one in self._strangers if one.at >= since]
         ]
@@ -334,7 +337,9 @@ class Watched:
 
     # --- a resource's queue ---------------------------------------------------------------------------------------
 
-    def _check_queue(self, resource: Announced, now: float, frames: Mapping[int, FrameType], own: int) -> None:
+    def _check_queue(
+        self, resource: Announced, now: float, frames: Mapping[int, FrameType], ours: Container[int]
+    ) -> None:
         stats = resource.stats()
         limit = self._settings.queue_threshold
         if stats.oldest_wait < limit:
@@ -343,13 +348,13 @@ class Watched:
             return
         queue = self._queue
         if queue is None:
-            queue = self._queue = _Queue(self._ledger.number(), now - stats.oldest_wait)
+            queue = self._queue = _Queue(self._session.number(), now - stats.oldest_wait)
         if stats.oldest_wait > queue.longest:
             queue.longest, queue.waited = stats.oldest_wait, stats.queued
             queue.running = stats.running or queue.running
         frame = frames.get(self.edge.thread_id or 0)
         if frame is not None and len(queue.looks) < DENSE:
-            seen = self._look(frame, frames, now, own)
+            seen = self._look(frame, frames, now, ours)
             seen.syscall = self._probe.syscall() if self._probe is not None else None
             queue.looks.append(seen)
         level = sum(stats.oldest_wait >= times * limit for times in LEVELS)
@@ -369,7 +374,7 @@ class Watched:
         stall = Stall(
             number=queue.number,
             loop=self.edge.name,
-            began=self._ledger.at(queue.began),
+            began=self._session.at(queue.began),
             duration=queue.longest,
             threshold=self._settings.queue_threshold,
             kind=Kind.QUEUE,

@@ -31,7 +31,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from offload.debug import clocks
-from offload.debug.calls import called
+from offload.debug.callee import called
 from offload.debug.cause import Diagnosis, Machine, Probe, Sample, Window, classify, program, traced
 from offload.debug.clocks import Moment, Reading, clocks_patched, is_debugger
 from offload.debug.record import Cause, Frame, Verdict

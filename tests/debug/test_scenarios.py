@@ -30,6 +30,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
+import freezegun
 import pytest
 
 import offload
@@ -621,7 +622,7 @@ async def test_an_idle_loop(place: Any) -> None:
 
 
 @contextmanager
-def frozen_clocks() -> Iterator[None]:
+def replaced_clocks() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name in ("monotonic", "perf_counter", "time"):
             now = getattr(time, name)()
@@ -629,20 +630,38 @@ def frozen_clocks() -> Iterator[None]:
         yield
 
 
-async def test_a_frozen_clock_makes_no_stall() -> None:
+FREEZERS = [replaced_clocks, lambda: freezegun.freeze_time("2000-01-01")]  # the latter looks into every module
+
+
+@pytest.mark.parametrize("frozen", FREEZERS, ids=["by hand", "freezegun"])
+async def test_a_frozen_clock_makes_no_stall(frozen: Any) -> None:
     """A test's library that stops the clocks is not taken for a stall."""
     async with offload.watch(log=False) as detector:
-        with frozen_clocks():
+        with frozen():
             for _ in range(50):
                 await asyncio.sleep(0)
     assert failed(detector.report()) == []
 
 
-async def test_a_stall_under_a_frozen_clock_is_unmeasured() -> None:
+@pytest.mark.parametrize("frozen", FREEZERS, ids=["by hand", "freezegun"])
+async def test_a_stall_under_a_frozen_clock_is_unmeasured(frozen: Any) -> None:
     """It is timed by clocks of our own, but not held against the program."""
     sleep = time.sleep
+    with frozen():
+        async with offload.watch(log=False) as detector:
+            sleep(BLOCK)
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+        await asyncio.sleep(0)
+    (stall,) = [s for s in detector.report().stalls if s.duration >= BLOCK]
+    assert stall.verdict is Verdict.UNMEASURED
+
+
+async def test_a_clock_that_is_frozen_for_a_while() -> None:
+    """The same where the detector was there before, and is after."""
+    sleep = time.sleep
     async with offload.watch(log=False) as detector:
-        with frozen_clocks():
+        with replaced_clocks():
             sleep(BLOCK)
             await asyncio.sleep(0)
             await asyncio.sleep(0)
