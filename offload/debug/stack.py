@@ -22,6 +22,7 @@ import asyncio
 import asyncio.base_events
 import asyncio.events
 import contextvars
+import dis
 import functools
 import inspect
 import os
@@ -37,6 +38,7 @@ from .record import Frame
 
 RUN_ONCE: CodeType = asyncio.base_events.BaseEventLoop._run_once.__code__  # type: ignore[attr-defined]
 RUN: CodeType = asyncio.events.Handle._run.__code__
+_RESUME = dis.opmap["RESUME"]
 _COROUTINE = inspect.CO_COROUTINE | inspect.CO_ITERABLE_COROUTINE | inspect.CO_ASYNC_GENERATOR
 
 DEEPEST = 200  # frames kept of a stack, from the innermost; a recursion's thousands say no more
@@ -122,6 +124,8 @@ def look(
         at_frame = at_frame.f_back
     else:
         at_frame = None
+    if len(frames) > 1 and _only_entered(frames[0]):
+        del frames[0]
     kept = frames[DEEPEST - 1 :: -1]
     stack = tuple(_frame(f) for f in kept)
     turn, turns, handle = 0, 1, None
@@ -136,6 +140,15 @@ def look(
         job = who.task is None
     places = tuple((f.f_code, f.f_lasti) for f in kept)
     return Look(at, stack, who, turn, turns, len(getattr(loop, "_ready", ())), job, places=places)
+
+
+def _only_entered(frame: FrameType) -> bool:
+    """Whether it stands at the beginning of its function, where threads give up the GIL, and nothing is done yet.
+
+    The line is the `def` then, and what goes on is the caller's: its call.
+    """
+    code, at = frame.f_code.co_code, frame.f_lasti
+    return 0 <= at < len(code) and code[at] == _RESUME and not code[at + 1] & 3  # else behind a yield or await
 
 
 def below_loop(stack: Sequence[Frame]) -> tuple[Frame, ...]:
@@ -264,9 +277,14 @@ def _is_installed(file: str) -> bool:
     return "/site-packages/" in parts or "/dist-packages/" in parts
 
 
+def _has_lines(file: str) -> bool:
+    """Whether it is of the program itself, and not made by `exec` of a string, as dataclasses' methods are."""
+    return is_user(file) and file != "<string>"
+
+
 def blamed(stack: Sequence[Frame]) -> Frame | None:
     """The innermost line of the user's own; without any, that of an installed package, else the innermost."""
-    for mine in (is_user, _is_installed):
+    for mine in (_has_lines, is_user, _is_installed):
         for frame in reversed(stack):
             if mine(frame.file):
                 return frame

@@ -5,7 +5,8 @@
     a loop is half over        ── look at it every 5 ms, later less often ──►
 
 Order within a tick: the frames first. Whatever gives up the GIL before that lets the loop's thread go on, and a call in
-C that held the GIL is then over, and somebody else blamed. The clocks come second, the making of reports last.
+C that held the GIL is then over, and somebody else blamed. The clocks come second, the making of reports last. If the
+GIL was lost on the way, and kept by somebody, the tick begins again with the frames.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
+import math
 import os
 import sys
 import threading
@@ -22,7 +24,7 @@ from collections.abc import Callable
 from queue import Empty, SimpleQueue
 from types import FrameType
 
-from .clocks import Clock, Machine
+from .clocks import Clock, Machine, Overtaken
 from .deadman import DeadMan
 from .record import Stall
 from .session import Logbook, Session
@@ -31,6 +33,7 @@ from .watched import Settings, Watched
 
 DROWSY = 0.2  # seconds in which no loop turned, after which the watchdog sleeps until one does
 SLEEP = 1.0  # seconds: it looks after closed loops and queues even then
+AGAIN = 8  # times a tick begins again, if it loses the GIL for long: after that, the reports are due
 PATIENCE = 1.0  # seconds for which somebody waits for one of these threads to end
 FLUSH = 5.0  # seconds between looks for lines whose minute is over
 
@@ -90,6 +93,8 @@ class Watchdog:
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="offload watchdog", daemon=True)
         self._thread.start()
+        if self._reporter is not None:
+            self._reporter.begin()
 
     def wake(self) -> None:
         """Tick now; any thread. Never blocks."""
@@ -136,24 +141,29 @@ class Watchdog:
     # --- the thread -----------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        machine = Machine()
         deadman = DeadMan() if self._deep else None
+        machine = Machine()  # which reads files, so may lose the GIL: as if a tick had begun
         failed = False
         planned = Clock.now()  # the first readings are what the next ones are compared with
         try:
-            stopping = False
-            while not stopping:
-                rang = self._bell.acquire(True, max(0.001, planned - Clock.now()))
+            stopping, again = False, 1
+            while again or not stopping:
+                rang = not again and self._bell.acquire(True, max(0.001, planned - Clock.now()))
                 stopping = self._stopping  # asked to while it ticked, it ticks once more: what just ended is told
                 frames: dict[int, FrameType] = current_frames()
                 now = Clock.now()
                 late = max(0.0, now - (self._rang if rang else planned))
+                # Code in Python gives the GIL back within the interval.
+                patience = 2 * sys.getswitchinterval() if again < AGAIN else math.inf
                 try:
-                    planned = self._look_at_all(frames, now, late, machine, deadman)
+                    planned = self._look_at_all(frames, now, late, machine, deadman, patience)
+                    again = 0
+                except Overtaken as exc:
+                    planned, again = exc.since, again + 1
                 except Exception:
                     if not failed:  # one line for a mistake of ours, not forty a second
                         log.exception("the watchdog failed, and goes on")
-                    failed, planned = True, Clock.now() + self._tick
+                    failed, planned, again = True, Clock.now() + self._tick, 0
                 frames = {}  # a frame that is kept keeps all that its function has in hand
         finally:
             if deadman is not None:
@@ -169,6 +179,7 @@ class Watchdog:
         late: float,
         machine: Machine,
         deadman: DeadMan | None,
+        patience: float,
     ) -> float:
         """One tick; returns when the next one is due."""
         all_watched = list(self._watched.values())
@@ -177,21 +188,22 @@ class Watchdog:
             watched.edge.look(frames, now)
             watched.look(frames, now, ours)
         others = lines(frames, (), ours) if late > self._tick else {}
-        moment = machine.read(
-            now, late
-        )  # which may give up the GIL, and not get it back for long: that is lateness too
+        moment = machine.read(now, late, patience)
         dumps = deadman.read() if deadman is not None and late > 0.0 else {}
         pause, active = self._tick, False
         told = 0.0  # seconds that the reports took, which is no lateness
         if any(watched.edge.precision != "exact" for watched in all_watched):
             pause *= 0.8  # when a stretch began there is told by these ticks: half of one either way
         for watched in all_watched:
-            active |= watched.read(moment)
+            active |= watched.read(moment, patience)
             if others or dumps:
                 watched.woke_late(others, now, dumps.get(watched.edge.thread_id or 0, ()))
             began = Clock.now()
             watched.tell(now, frames, ours)
-            told += Clock.now() - began
+            took = Clock.now() - began
+            if took > patience:
+                raise Overtaken(began)
+            told += took
             if watched.next_look:
                 pause = min(pause, watched.next_look - now)
             if watched.over or watched.edge.is_over():
@@ -225,7 +237,7 @@ class Watchdog:
 
 
 class Reporter:
-    """One thread that runs the program's own functions; it lives while there is something to tell."""
+    """One thread that runs the program's own functions."""
 
     def __init__(self, on_stall: Callable[[Stall], None] | None, *, log_lines: bool) -> None:
         self._on_stall = on_stall
@@ -239,11 +251,14 @@ class Reporter:
         thread = self._thread
         return (thread.ident or 0) if thread is not None else 0
 
-    def put(self, stall: Stall) -> None:
-        """Tell of this; on the watchdog's thread."""
+    def begin(self) -> None:
+        """Start the thread. Not when there is something to tell: that would keep the watchdog from its next look."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="offload reporter", daemon=True)
             self._thread.start()
+
+    def put(self, stall: Stall) -> None:
+        """Tell of this; on the watchdog's thread, or the one that ends it."""
         self._queue.put(stall)
 
     def end(self, *, last: bool = False) -> None:

@@ -109,13 +109,18 @@ class Watched:
                 self._interval = min(2 * self._interval, RARE)
         self.next_look = now + self._interval
 
-    def read(self, moment: Moment) -> bool:
-        """Read the thread's clocks, unless it has slept since they were read. Returns whether it did something."""
+    def read(self, moment: Moment, patience: float) -> bool:
+        """Read the thread's clocks, unless it has slept since they were read. Returns whether it did something.
+
+        Raises:
+            Overtaken: it, or another thread, kept the GIL for longer than the patience; nothing was read.
+        """
         edge = self.edge
         turns, _ = edge.totals()
         idle = turns == self._turns and edge.precision == "exact" and not self._since
-        self._turns, active = turns, not idle
+        active = not idle
         if edge.thread_id is None or edge.native_id is None:
+            self._turns = turns
             return active
         if self._probe is None or self._probe.ident != edge.thread_id:
             self.forget()
@@ -125,9 +130,10 @@ class Watched:
         if idle and last is not None:
             self._readings.append(last._replace(moment=moment))
         else:
-            self._readings.append(self._probe.read(moment))
+            self._readings.append(self._probe.read(moment, patience))
+        self._turns = turns
         if self._looks and self._looks[-1].at == moment.at and self._probe is not None:
-            syscall = self._probe.syscall()
+            syscall = self._probe.syscall(patience)
             if edge.peek() == self._since:
                 self._looks[-1].syscall = syscall
         return active

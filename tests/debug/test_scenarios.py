@@ -311,6 +311,44 @@ async def test_another_thread_that_holds_the_gil(place: Any) -> None:
     assert stall.holder.function.endswith("hogs")
 
 
+@pytest.mark.skipif(not LINUX, reason="a call of its C library")
+async def test_calls_in_c_one_behind_the_other(line_of: LineOf) -> None:
+    """Each is named, though the next keeps the GIL from the watchdog as soon as it reads a clock or tells of one."""
+    usleep = ctypes.PyDLL(None).usleep
+
+    async def calls() -> None:
+        for _ in range(5):
+            await asyncio.sleep(0)
+            usleep(120_000)  # first
+            await asyncio.sleep(0)
+            usleep(120_000)  # second
+
+    async with offload.watch(log=False) as detector:
+        await calls()
+        await asyncio.sleep(0.03)
+    lines = [stall.frame.line for stall in detector.report().stalls if stall.duration > 0.1 and stall.frame is not None]
+    assert lines == [line_of(calls, "# first"), line_of(calls, "# second")] * 5
+
+
+def fib(n: int) -> int:
+    return n if n < 2 else fib(n - 1) + fib(n - 2)  # body
+
+
+async def test_a_function_that_is_only_entered_is_its_callers_line(place: Any, line_of: LineOf) -> None:
+    """Threads give up the GIL at the `def`, where nothing is done yet: the call is what goes on."""
+
+    async def computes() -> None:
+        began = time.perf_counter()
+        while time.perf_counter() - began < BLOCK:
+            fib(12)  # call
+
+    stall: Stall = await place.stall_of(computes)
+    assert stall.frame is not None
+    assert stall.frame.line in (line_of(fib, "# body"), line_of(computes, "# call"))
+    seen = {frame.line for stack, _ in stall.stacks for frame in stack if frame.function == "fib"}
+    assert seen <= {line_of(fib, "# body")}
+
+
 # --- who --------------------------------------------------------------------------------------------------------------
 
 

@@ -104,6 +104,8 @@ def test_the_users_line_is_blamed_before_a_librarys() -> None:
     assert blamed([mine, theirs, standard]) == mine
     assert blamed([theirs, standard]) == theirs
     assert blamed([standard]) == standard
+    assert blamed([mine, theirs, Frame("<string>", 2, "__init__")]) == mine
+    assert blamed([Frame("<string>", 1, "<module>"), theirs]) == Frame("<string>", 1, "<module>")
     assert blamed([]) is None
     assert not is_user("<frozen importlib._bootstrap>")
     assert not is_user(offload.__file__)
