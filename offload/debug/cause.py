@@ -40,7 +40,7 @@ from .record import Cause, Frame, Numbers, Verdict
 # several thresholds alone. With more of them it is: then its own CPU time grows too (shared caches, hyper-threads),
 # though not without end. The two numbers are guesses.
 STARVED = 0.55
-STARVED_THRESHOLDS = 4
+STARVED_THRESHOLDS = 2
 SHORTEST = 0.01  # seconds of something else than the program, below which they are no excuse: clocks are not that exact
 
 

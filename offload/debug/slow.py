@@ -196,7 +196,7 @@ class SlowCallbackDetector:
             name,
             self.threshold,
             self._session.began,
-            wake=watchdog.wake,
+            wake=watchdog.rouse,
             resource=resource,
             counted=self._histogram,
             begins=Clock.now() if here else 0.0,

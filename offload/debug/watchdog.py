@@ -1,8 +1,8 @@
 """The two threads of a detector: the watchdog, which looks after all loops, and the reporter, which tells of them.
 
-    idle, all loops asleep     ── until a loop wakes it ──►
-    some loop turns            ── tick every half threshold ──►
-    a loop is half over        ── look at it every 5 ms, later less often ──►
+    all loops asleep, and few turns before     ── until a loop rings; half a threshold later the next tick ──►
+    some loop turns                            ── tick every half threshold ──►
+    a loop is half over                        ── look at it every 5 ms, later less often ──►
 
 Order within a tick: the frames first. Whatever gives up the GIL before that lets the loop's thread go on, and a call in
 C that held the GIL is then over, and somebody else blamed. The clocks come second, the making of reports last. If the
@@ -24,14 +24,14 @@ from collections.abc import Callable
 from queue import Empty, SimpleQueue
 from types import FrameType
 
-from .clocks import Clock, Machine, Overtaken
+from .clocks import Clock, Machine, Moment, Overtaken
 from .deadman import DeadMan
 from .record import Stall
 from .session import Logbook, Session
 from .stack import lines
 from .watched import Settings, Watched
 
-DROWSY = 0.2  # seconds in which no loop turned, after which the watchdog sleeps until one does
+FEW = 4  # turns of all loops in a tick, up to which the watchdog sleeps while they do: being rung costs two ticks
 SLEEP = 1.0  # seconds: it looks after closed loops and queues even then
 AGAIN = 8  # times a tick begins again, if it loses the GIL for long: after that, the reports are due
 PATIENCE = 1.0  # seconds for which somebody waits for one of these threads to end
@@ -86,7 +86,9 @@ class Watchdog:
         self._stopping = False
         self._final = False
         self._left: deque[Watched] = deque()  # to be buried
-        self._quiet = Clock.now()  # when a loop was last seen to turn
+        self._urgent = False  # it rang for a tick
+        self._resting = False  # until a loop rings
+        self._before: Moment | None = None  # of the last tick
 
     def begin(self) -> None:
         """Start the thread."""
@@ -98,10 +100,20 @@ class Watchdog:
 
     def wake(self) -> None:
         """Tick now; any thread. Never blocks."""
-        if self._thread is None:  # in a forked child, on the thread of the first loop that turns
+        if self._thread is None:  # in a forked child, on the thread of the first loop
             self.begin()
             return
         self._rang = Clock.now()
+        self._urgent = True
+        self._ring()
+
+    def rouse(self) -> None:
+        """A loop has woken: tick in time to see whether it is blocked. On its thread; never blocks."""
+        if self._thread is None:  # in a forked child
+            self.begin()
+        self._ring()
+
+    def _ring(self) -> None:
         with contextlib.suppress(RuntimeError):  # it has been rung
             self._bell.release()
 
@@ -150,11 +162,21 @@ class Watchdog:
             while again or not stopping:
                 rang = not again and self._bell.acquire(True, max(0.001, planned - Clock.now()))
                 stopping = self._stopping  # asked to while it ticked, it ticks once more: what just ended is told
+                # Code in Python gives the GIL back within the interval.
+                patience = 2 * sys.getswitchinterval() if again < AGAIN else math.inf
+                if rang and not (self._urgent or stopping):
+                    if self._resting:
+                        self._resting, now = False, Clock.now()
+                        planned = now + self._tick
+                        try:
+                            self._before = machine.read(now, 0.0, patience)
+                        except Overtaken as exc:
+                            planned, again = exc.since, 1
+                    continue
+                self._urgent = self._resting = False
                 frames: dict[int, FrameType] = current_frames()
                 now = Clock.now()
                 late = max(0.0, now - (self._rang if rang else planned))
-                # Code in Python gives the GIL back within the interval.
-                patience = 2 * sys.getswitchinterval() if again < AGAIN else math.inf
                 try:
                     planned = self._look_at_all(frames, now, late, machine, deadman, patience)
                     again = 0
@@ -183,19 +205,20 @@ class Watchdog:
     ) -> float:
         """One tick; returns when the next one is due."""
         all_watched = list(self._watched.values())
+        awake = [watched for watched in all_watched if not watched.asleep(now)]
         ours = {threading.get_ident(), self._reporter.ident if self._reporter is not None else 0}
-        for watched in all_watched:
+        for watched in awake:
             watched.edge.look(frames, now)
             watched.look(frames, now, ours)
         others = lines(frames, (), ours) if late > self._tick else {}
         moment = machine.read(now, late, patience)
         dumps = deadman.read() if deadman is not None and late > 0.0 else {}
-        pause, active = self._tick, False
+        pause, turned = self._tick, 0
         told = 0.0  # seconds that the reports took, which is no lateness
         if any(watched.edge.precision != "exact" for watched in all_watched):
             pause *= 0.8  # when a stretch began there is told by these ticks: half of one either way
-        for watched in all_watched:
-            active |= watched.read(moment, patience)
+        for watched in awake:
+            turned += watched.read(moment, self._before, patience)
             if others or dumps:
                 watched.woke_late(others, now, dumps.get(watched.edge.thread_id or 0, ()))
             began = Clock.now()
@@ -206,19 +229,20 @@ class Watchdog:
             told += took
             if watched.next_look:
                 pause = min(pause, watched.next_look - now)
+        self._before = moment
+        for watched in all_watched:
             if watched.over or watched.edge.is_over():
                 self._bury(watched, now)
         while self._left:
             self._bury(self._left.popleft(), now)
-        if active:
-            self._quiet = now
-        elif now - self._quiet >= DROWSY:
+        if turned <= FEW:
             for watched in all_watched:
                 watched.edge.set_drowsy()
             # A loop that woke before it was asked to tell does not tell.
             if not any(watched.edge.peek() for watched in all_watched):
                 if deadman is not None:
                     deadman.rest()
+                self._resting = True
                 return now + SLEEP
         if deadman is not None:
             deadman.set(pause + self._tick)

@@ -32,6 +32,7 @@ FAST = 0.005  # seconds between two looks
 DENSE = 64  # looks, after which each interval is twice the one before
 RARE = 1.0  # the longest interval
 LEVELS = (1, 4, 16)  # times the threshold: a stall that lasts is reported
+MANY = 1_000_000  # turns of a loop that does not tell
 READINGS = 256
 SPARE = 4  # readings kept while the loop is idle: that it woke late is known a tick after that happened
 
@@ -109,34 +110,47 @@ class Watched:
                 self._interval = min(2 * self._interval, RARE)
         self.next_look = now + self._interval
 
-    def read(self, moment: Moment, patience: float) -> bool:
-        """Read the thread's clocks, unless it has slept since they were read. Returns whether it did something.
+    def asleep(self, now: float) -> bool:
+        """Whether the loop has slept since the last tick, and nothing else is due: what follows need not be done."""
+        return (
+            not self._since
+            and self.edge.precision == "exact"
+            and self.edge.totals()[0] == self._turns
+            and not self.edge.peek()
+            and not self.edge.closed
+            and not self._ended
+            and (self.resource is None or now < self._queue_check)
+        )
+
+    def read(self, moment: Moment, before: Moment | None, patience: float) -> int:
+        """Read the thread's clocks. Returns how often the loop turned since the last tick.
+
+        Args:
+            before: the last tick's moment. If the loop slept then, its clocks stood still until then.
 
         Raises:
             Overtaken: it, or another thread, kept the GIL for longer than the patience; nothing was read.
         """
         edge = self.edge
         turns, _ = edge.totals()
-        idle = turns == self._turns and edge.precision == "exact" and not self._since
-        active = not idle
+        turned = turns - self._turns if edge.precision == "exact" else MANY
         if edge.thread_id is None or edge.native_id is None:
             self._turns = turns
-            return active
+            return turned
         if self._probe is None or self._probe.ident != edge.thread_id:
             self.forget()
             self._probe = Probe(edge.native_id, edge.thread_id)
-            idle = False
+        reading = self._probe.read(moment, patience)
         last = self._readings[-1] if self._readings else None
-        if idle and last is not None:
-            self._readings.append(last._replace(moment=moment))
-        else:
-            self._readings.append(self._probe.read(moment, patience))
+        if last is not None and before is not None and before.at > last.moment.at:
+            self._readings.append(last._replace(moment=before))
+        self._readings.append(reading)
         self._turns = turns
         if self._looks and self._looks[-1].at == moment.at and self._probe is not None:
             syscall = self._probe.syscall(patience)
             if edge.peek() == self._since:
                 self._looks[-1].syscall = syscall
-        return active
+        return turned
 
     def tell(self, now: float, frames: Mapping[int, FrameType], ours: Container[int]) -> None:
         """Report what has ended, and what lasts."""
