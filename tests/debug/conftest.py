@@ -19,7 +19,7 @@ import offload
 from offload.debug.record import Stall, Verdict
 
 FOLDER = Path("/proc/self/fd")
-HANG = float(os.environ.get("OFFLOAD_TEST_HANG", "60"))
+HANG = float(os.environ.get("OFFLOAD_TEST_HANG", "60")) + float(os.environ.get("OFFLOAD_TEST_STARVED", "0"))
 TRIES = 5
 
 
