@@ -93,8 +93,10 @@ class Watchdog:
     def begin(self) -> None:
         """Start the thread."""
         self._stopping = False
-        self._thread = threading.Thread(target=self._run, name="offload watchdog", daemon=True)
+        ready = threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(ready,), name="offload watchdog", daemon=True)
         self._thread.start()
+        ready.wait(PATIENCE)  # else a stall that begins at once and holds the GIL is over before the first tick
         if self._reporter is not None:
             self._reporter.begin()
 
@@ -111,6 +113,7 @@ class Watchdog:
         """A loop has woken: tick in time to see whether it is blocked. On its thread; never blocks."""
         if self._thread is None:  # in a forked child
             self.begin()
+        self._rang = Clock.now()
         self._ring()
 
     def _ring(self) -> None:
@@ -152,7 +155,7 @@ class Watchdog:
 
     # --- the thread -----------------------------------------------------------------------------------------------
 
-    def _run(self) -> None:
+    def _run(self, ready: threading.Event) -> None:
         deadman = DeadMan() if self._deep else None
         machine = Machine()  # which reads files, so may lose the GIL: as if a tick had begun
         failed = False
@@ -162,24 +165,20 @@ class Watchdog:
             while again or not stopping:
                 rang = not again and self._bell.acquire(True, max(0.001, planned - Clock.now()))
                 stopping = self._stopping  # asked to while it ticked, it ticks once more: what just ended is told
-                # Code in Python gives the GIL back within the interval.
-                patience = 2 * sys.getswitchinterval() if again < AGAIN else math.inf
-                if rang and not (self._urgent or stopping):
-                    if self._resting:
-                        self._resting, now = False, Clock.now()
-                        planned = now + self._tick
-                        try:
-                            self._before = machine.read(now, 0.0, patience)
-                        except Overtaken as exc:
-                            planned, again = exc.since, 1
-                    continue
-                self._urgent = self._resting = False
                 frames: dict[int, FrameType] = current_frames()
                 now = Clock.now()
                 late = max(0.0, now - (self._rang if rang else planned))
+                # Code in Python gives the GIL back within the interval.
+                patience = 2 * sys.getswitchinterval() if again < AGAIN else math.inf
                 try:
-                    planned = self._look_at_all(frames, now, late, machine, deadman, patience)
+                    if rang and not (self._urgent or stopping) and late < patience:
+                        if self._resting:
+                            planned = self._begin_to_tick(now, machine, patience)
+                    else:
+                        self._urgent = self._resting = False
+                        planned = self._look_at_all(frames, now, late, machine, deadman, patience)
                     again = 0
+                    ready.set()
                 except Overtaken as exc:
                     planned, again = exc.since, again + 1
                 except Exception:
@@ -193,6 +192,12 @@ class Watchdog:
             if self._final:
                 self._bury_all(Clock.now())
             machine.close()
+
+    def _begin_to_tick(self, now: float, machine: Machine, patience: float) -> float:
+        """A loop has woken; all slept until now. Returns when the next tick is due."""
+        self._before = machine.read(now, 0.0, patience)
+        self._resting = False
+        return now + self._tick
 
     def _look_at_all(
         self,
@@ -235,17 +240,15 @@ class Watchdog:
                 self._bury(watched, now)
         while self._left:
             self._bury(self._left.popleft(), now)
-        if turned <= FEW:
+        if deadman is not None:
+            deadman.set(pause + self._tick)  # so it must tick: a loop that wakes may keep the GIL at once
+        elif turned <= FEW:
             for watched in all_watched:
                 watched.edge.set_drowsy()
             # A loop that woke before it was asked to tell does not tell.
             if not any(watched.edge.peek() for watched in all_watched):
-                if deadman is not None:
-                    deadman.rest()
                 self._resting = True
                 return now + SLEEP
-        if deadman is not None:
-            deadman.set(pause + self._tick)
         return now + pause + told
 
     def _bury(self, watched: Watched, now: float) -> None:

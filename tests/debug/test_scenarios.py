@@ -323,11 +323,14 @@ async def test_calls_in_c_one_behind_the_other(line_of: LineOf) -> None:
             await asyncio.sleep(0)
             usleep(120_000)  # second
 
-    async with offload.watch(log=False) as detector:
-        await calls()
-        await asyncio.sleep(0.03)
-    lines = [stall.frame.line for stall in detector.report().stalls if stall.duration > 0.1 and stall.frame is not None]
-    assert lines == [line_of(calls, "# first"), line_of(calls, "# second")] * 5
+    async def lines() -> list[int]:
+        async with offload.watch(log=False) as detector:
+            await calls()
+            await asyncio.sleep(0.03)
+        return [stall.frame.line for stall in detector.report().stalls if stall.duration > 0.1 and stall.frame]
+
+    # A watchdog without a processor does not ask for the GIL in time, so on a busy machine one may be missing.
+    assert [line_of(calls, "# first"), line_of(calls, "# second")] * 5 in [await lines() for _ in range(5)]
 
 
 def fib(n: int) -> int:
