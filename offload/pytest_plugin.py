@@ -306,21 +306,21 @@ class _Summary:
 
     def _merged(self) -> Report:
         """One session out of the tests', each stall with its test."""
-        from .debug.ledger import Ledger
         from .debug.record import from_json
+        from .debug.session import Session
 
         reports = [(test, worker, from_json(data)) for test, worker, data in self._reports]
         limit = min((report.threshold for _, _, report in reports), default=self.threshold or THRESHOLD)
-        ledger = Ledger(limit)
+        session = Session(limit)
         for test, worker, report in reports:
             for stall in report.stalls:
-                ledger.add(replace(stall, number=ledger.number(), context={**stall.context, "test": test}))
+                session.add(replace(stall, number=session.number(), context={**stall.context, "test": test}))
             for loop in report.loops:
                 later = report.began - self._began
                 timeline = tuple((second + later, share) for second, share in loop.timeline)
                 name = f"{worker} {loop.name}" if worker else loop.name
-                ledger.bury(replace(loop, name=name, timeline=timeline))
-        return replace(ledger.report([]), began=self._began, duration=time.time() - self._began)
+                session.bury(replace(loop, name=name, timeline=timeline))
+        return replace(session.report([]), began=self._began, duration=time.time() - self._began)
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         if self._lines:

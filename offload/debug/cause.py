@@ -40,7 +40,7 @@ from .record import Cause, Frame, Numbers, Verdict
 # several thresholds alone. With more of them it is: then its own CPU time grows too (shared caches, hyper-threads),
 # though not without end. The two numbers are guesses.
 STARVED = 0.55
-STARVED_THRESHOLDS = 4
+STARVED_THRESHOLDS = 2
 SHORTEST = 0.01  # seconds of something else than the program, below which they are no excuse: clocks are not that exact
 
 
@@ -52,7 +52,7 @@ class Sample(NamedTuple):
     syscall: str | None = None  # as `Probe.syscall` gave it, None if the stall had ended by then
     others: Mapping[int, Frame] = {}  # innermost line of every other thread, by ident
     traced: bool = False  # as `traced` gave it
-    call: str | None = None  # as `calls.called` gave it for the innermost frame, below which is a function in C
+    call: str | None = None  # as `callee.called` gave it for the innermost frame, below which is a function in C
     collecting: bool = False  # whether `program` took a frame away
 
 

@@ -1,25 +1,47 @@
 """Clocks of this process and of single threads, for the watchdog's thread to read. Linux tells most.
 
-`Machine` and `Probe` read; they never raise, never wait, and give None for what this system does not tell (no /proc,
-no permission, not Linux). All times are seconds. Reading a file of /proc lets go of the GIL for a moment, so the caller
-takes its `sys._current_frames()` before anything here.
+`Machine` and `Probe` read; they never wait, and give None for what this system does not tell (no /proc, no permission,
+not Linux). All times are seconds.
+
+Reading a file of /proc lets go of the GIL for a moment, so the caller takes its `sys._current_frames()` before anything
+here. If a call in C begins in that moment that keeps the GIL, the reading goes on when that is over, and its thread
+stands right behind it: the time to look. So `Overtaken` is raised then, if the caller cannot wait so long.
 """
 
 from __future__ import annotations
 
 import gc
+import importlib.util
+import math
 import os
 import platform
 import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from types import FrameType
+from types import BuiltinFunctionType, FrameType, ModuleType
 from typing import Any, NamedTuple
 
-# Bound at import, before a test's library for frozen time replaces them.
-perf_counter = time.perf_counter
-_CLOCKS: dict[str, Callable[[], float]] = {name: getattr(time, name) for name in ("perf_counter", "monotonic")}
+
+def _genuine() -> ModuleType:
+    """The module `time` as it is, also if we are imported while a test's library has frozen the time."""
+    spec = time.__spec__
+    if isinstance(time.perf_counter, BuiltinFunctionType) or spec is None or spec.loader is None:
+        return time
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class Clock:
+    """The detector's clock, bound at import; in a class, where libraries that freeze the time do not look for it."""
+
+    genuine: Any = _genuine()
+    _perf_counter: Callable[[], float] = genuine.perf_counter
+    now = staticmethod(_perf_counter)
+
+
+_CLOCKS: dict[str, Callable[[], float]] = {n: getattr(Clock.genuine, n) for n in ("perf_counter", "monotonic")}
 _clock_gettime: Callable[[int], float] | None = getattr(time, "clock_gettime", None)
 _process_time = time.process_time
 
@@ -57,6 +79,17 @@ class Reading(NamedTuple):
     slices: int | None = None  # how often it was put on a processor
 
 
+class Overtaken(Exception):
+    """While a file was read somebody took the GIL, and kept it for longer than the caller's patience.
+
+    Attributes:
+        since: perf_counter, when the GIL was let go.
+    """
+
+    def __init__(self, since: float) -> None:
+        self.since = since
+
+
 class Machine:
     """Readings that all loops share. For one thread, the watchdog's, which makes it; close it there or anywhere.
 
@@ -72,13 +105,14 @@ class Machine:
         self._blocks = 0
         self._full = 0
 
-    def read(self, at: float, late: float) -> Moment:
+    def read(self, at: float, late: float, patience: float = math.inf) -> Moment:
         """The process now; takes some 10 µs.
 
         Args:
             at: perf_counter, just after the caller woke.
             late: how much later that is than planned, and it should plan from the last one's `at`: what it took longer
                 for its own looks, it waited for the GIL too. What it did for a report in between is no lateness.
+            patience: seconds, see `Overtaken`.
         """
         full = gc.get_stats()[-1]["collections"]
         self._look -= 1
@@ -88,7 +122,7 @@ class Machine:
             if self._blocks >= GC_BLOCKS:
                 self._gc = _GcTimer()
         self._full = full
-        runqueue, slices = self._own.read()
+        runqueue, slices = self._own.read(patience)
         return Moment(
             at,
             max(0.0, late),
@@ -136,18 +170,18 @@ class Probe:
         self._sched = _SchedStat(native_id)
         self._call = _open_proc(native_id, "syscall") if _NAMES else None
 
-    def read(self, moment: Moment) -> Reading:
+    def read(self, moment: Moment, patience: float = math.inf) -> Reading:
         """The thread now, 1 to 2 µs; None for what cannot be read, all of it once the thread has ended."""
         cpu = _thread_cpu(self.native_id)
-        runqueue, slices = self._sched.read()
+        runqueue, slices = self._sched.read(patience)
         return Reading(moment, cpu, runqueue, slices)
 
-    def syscall(self) -> str | None:
+    def syscall(self, patience: float = math.inf) -> str | None:
         """The system call that the thread waits in now: "fsync(7)", "futex"; None: it runs, or it is not told.
 
         Takes 2 µs. It is of this moment, not of the sample's: ask whether the stall still lasts after this returned.
         """
-        text = _pread(self._call)
+        text = _pread(self._call, patience)
         if text is None:
             return None
         words = text.split()
@@ -171,8 +205,8 @@ class _SchedStat:
     def __init__(self, native_id: int) -> None:
         self._fd = _open_proc(native_id, "schedstat")
 
-    def read(self) -> tuple[float | None, int | None]:
-        text = _pread(self._fd)
+    def read(self, patience: float) -> tuple[float | None, int | None]:
+        text = _pread(self._fd, patience)
         if text is None:
             return None, None
         words = text.split()
@@ -194,15 +228,15 @@ class _GcTimer:
     # A look may find a thread here: see `program`.
     def _seen(self, phase: str, info: Mapping[str, int]) -> None:
         if phase == "start":
-            self._began = perf_counter()
+            self._began = Clock.now()
         elif self._began:  # else: installed by a finaliser in the middle of a collection
-            self._done += perf_counter() - self._began
+            self._done += Clock.now() - self._began
             self._began = 0.0
 
     @property
     def seconds(self) -> float:
         began = self._began
-        return self._done + (perf_counter() - began if began else 0.0)
+        return self._done + (Clock.now() - began if began else 0.0)
 
     def close(self) -> None:
         if self._seen in gc.callbacks:
@@ -217,13 +251,17 @@ def _open_proc(native_id: int, name: str) -> int | None:
         return None
 
 
-def _pread(fd: int | None) -> bytes | None:
+def _pread(fd: int | None, patience: float) -> bytes | None:
     if fd is None:
         return None
+    began = Clock.now()
     try:
-        return os.pread(fd, 256, 0)
+        text = os.pread(fd, 256, 0)
     except OSError:  # the thread has ended, or reading is forbidden though opening was not
-        return None
+        text = None
+    if Clock.now() - began > patience:
+        raise Overtaken(began)
+    return text
 
 
 def _close(fd: int | None) -> None:

@@ -24,17 +24,15 @@ from __future__ import annotations
 import asyncio
 import sys
 import threading
-import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from types import FrameType
 from typing import Any, NamedTuple
 
+from .clocks import Clock
 from .record import LoopRecord
-
-# Bound here and nowhere else: who patches the clocks of `time` later changes ours only by changing this module.
-CLOCK = time.perf_counter
 
 SHORT = 14  # 16 µs: a twentieth of a microsecond more there is nothing
 BINS = 64
@@ -109,7 +107,7 @@ class Edge:
         self.native_id: int | None = None
         self.longest = 0.0
         self.timeline = Timeline(began)
-        self.watched_since = CLOCK()
+        self.watched_since = Clock.now()
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop | None:
@@ -146,7 +144,7 @@ class Edge:
             self.precision,
             turns,
             busy,
-            CLOCK() - self.watched_since,
+            Clock.now() - self.watched_since,
             max(self.longest, self.open_for()),
             self.histogram(),
             self.timeline.points(),
@@ -155,10 +153,10 @@ class Edge:
     def open_for(self) -> float:
         """How long the present stretch has lasted, in seconds; 0.0: idle."""
         since = self.peek()
-        return CLOCK() - since if since else 0.0
+        return Clock.now() - since if since else 0.0
 
     def peek(self) -> float:
-        """When the present busy stretch began, by CLOCK; 0.0: the loop is idle."""
+        """When the present busy stretch began, by the detector's clock; 0.0: the loop is idle."""
         raise NotImplementedError
 
     def totals(self) -> tuple[int, float]:
@@ -209,10 +207,14 @@ class Exact(Edge):
         ident = getattr(loop, "_thread_id", None)
         if ident is not None:
             self.seen_on(ident)
+        if not begins and loop.is_running():
+            # It runs on another thread, and may sleep in the method itself until its first stall: so it is woken.
+            with suppress(RuntimeError):  # closed meanwhile
+                loop.call_soon_threadsafe(self._begin)
 
     def _hook(self, loop: asyncio.AbstractEventLoop, wake: Callable[[], None], begins: float) -> None:
         # In closures, because a cell costs a third of what an attribute does.
-        clock = CLOCK
+        clock = Clock.now
         selector = self._selector
         select: Callable[[float | None], Any] = selector.select
         short = 2.0**SHORT / 1e9
@@ -247,12 +249,17 @@ class Exact(Edge):
 
         run: Callable[[], None] = loop.run_forever
 
-        def run_forever() -> None:
+        def begin() -> None:
             nonlocal awake, busy
             self.seen_on(threading.get_ident())
-            busy = awake = clock()
+            if not busy:
+                busy = awake = clock()
             if drowsy:
                 wake()
+
+        def run_forever() -> None:
+            lose()
+            begin()
             try:
                 run()
             finally:
@@ -291,7 +298,7 @@ class Exact(Edge):
             turns,
             total + (max(0.0, busy - awake) if awake else 0.0),
         )
-        self._doze, self._close, self._lose = doze, close, lose
+        self._begin, self._doze, self._close, self._lose = begin, doze, close, lose
         self._select_hook, self._run_hook = select_watched, run_forever
         selector.select = select_watched
         loop.run_forever = run_forever  # type: ignore[method-assign]
@@ -380,7 +387,7 @@ class Heartbeat(Edge):
         super().__init__(loop, name, threshold, began, resource=resource)
         self._sent = False
         self._since = 0.0  # estimated beginning of the present stretch; 0.0: idle, or not known
-        self._quiet = CLOCK()  # when it was last known to turn
+        self._quiet = Clock.now()  # when it was last known to turn
         self._looked = self._quiet
         if begins:
             self._since = begins
@@ -400,7 +407,7 @@ class Heartbeat(Edge):
 
     def _beat(self) -> None:
         """On the loop's thread: it turns."""
-        now = CLOCK()
+        now = Clock.now()
         self.base = id(sys._getframe(1))
         self.seen_on(threading.get_ident())
         self._end(now)
@@ -440,7 +447,7 @@ class Heartbeat(Edge):
         return 0, self._busy
 
     def close_here(self) -> None:
-        self._end(CLOCK())
+        self._end(Clock.now())
 
 
 def make_edge(

@@ -38,9 +38,10 @@ from . import announce, discover
 from .allow import Allowed
 from .allow import may_block as may_block
 from .announce import Announced
-from .edge import CLOCK, make_edge
-from .ledger import Ledger
+from .clocks import Clock
+from .edge import make_edge
 from .record import LoopRecord, Report, Stall
+from .session import Session
 from .watchdog import Reporter, Watchdog, current_frames
 from .watched import Settings, Watched
 
@@ -99,7 +100,7 @@ class SlowCallbackDetector:
         self._gate = threading.RLock()  # for who starts and stops; the watchdog never takes it
         self._running = False
         self._home: int | None = None  # thread whose later loops are watched
-        self._ledger = Ledger(threshold)
+        self._session = Session(threshold)
         self._watched: dict[int, Watched] = {}
         self._past: weakref.WeakSet[asyncio.AbstractEventLoop] = weakref.WeakSet()  # of resources that are closed
         self._watchdog: Watchdog | None = None
@@ -119,7 +120,7 @@ class SlowCallbackDetector:
         with self._gate:
             if not self._running:
                 self._running = True
-                self._ledger = Ledger(self.threshold)
+                self._session = Session(self.threshold)
                 self._watched = {}
                 self._home = None
                 _running[self] = None
@@ -158,7 +159,7 @@ class SlowCallbackDetector:
                 watchdog.stop()
             for watched in list(self._watched.values()):
                 watched.edge.unhook()
-            self._ledger.ended = CLOCK()
+            self._session.ended = Clock.now()
         return self.report()
 
     def report(self) -> Report:
@@ -166,7 +167,7 @@ class SlowCallbackDetector:
         live: list[LoopRecord] = []
         if self._running:
             live = [watched.edge.record() for watched in list(self._watched.values()) if not watched.buried]
-        return self._ledger.report(live)
+        return self._session.report(live)
 
     def watch_loop(self, loop: asyncio.AbstractEventLoop, *, name: str = "", resource: bool = False) -> None:
         """Watch this loop too, until it is closed; any thread. Nothing happens if it is closed, or is watched.
@@ -194,13 +195,13 @@ class SlowCallbackDetector:
             loop,
             name,
             self.threshold,
-            self._ledger.began,
-            wake=watchdog.wake,
+            self._session.began,
+            wake=watchdog.rouse,
             resource=resource,
             counted=self._histogram,
-            begins=CLOCK() if here else 0.0,
+            begins=Clock.now() if here else 0.0,
         )
-        watched = Watched(edge, self._settings, self._ledger, watchdog.emit)
+        watched = Watched(edge, self._settings, self._session, watchdog.emit)
         if known is not None:
             watchdog.leave(known)
         self._watched[id(loop)] = watched
@@ -246,7 +247,7 @@ class SlowCallbackDetector:
 
     def _new_watchdog(self) -> Watchdog:
         reporter = Reporter(self._on_stall, log_lines=self._log) if self._on_stall is not None or self._log else None
-        return Watchdog(self._watched, self._settings, self._ledger, reporter, deep=self._deep)
+        return Watchdog(self._watched, self._settings, self._session, reporter, deep=self._deep)
 
     def _hear(self) -> None:
         self._home = threading.get_ident()
@@ -268,7 +269,7 @@ class SlowCallbackDetector:
             watched.edge.unhook()
             watched.forget()
         self._watched = {}
-        self._ledger = Ledger(self.threshold)
+        self._session = Session(self.threshold)
         self._watchdog = self._new_watchdog()
         self._hear()
 

@@ -22,6 +22,7 @@ import asyncio
 import asyncio.base_events
 import asyncio.events
 import contextvars
+import dis
 import functools
 import inspect
 import os
@@ -32,11 +33,12 @@ from itertools import groupby
 from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
-from .calls import called
+from .callee import called
 from .record import Frame
 
 RUN_ONCE: CodeType = asyncio.base_events.BaseEventLoop._run_once.__code__  # type: ignore[attr-defined]
 RUN: CodeType = asyncio.events.Handle._run.__code__
+_RESUME = dis.opmap["RESUME"]
 _COROUTINE = inspect.CO_COROUTINE | inspect.CO_ITERABLE_COROUTINE | inspect.CO_ASYNC_GENERATOR
 
 DEEPEST = 200  # frames kept of a stack, from the innermost; a recursion's thousands say no more
@@ -67,7 +69,7 @@ class Look:
         places: for each frame of the stack its code, and the instruction that runs.
         job: on a resource's loop: it is what the loop is there for.
         allowed: it may block.
-        syscall, others, traced: see `cause.Sample`.
+        syscall, others, traced, collecting: see `cause.Sample`.
     """
 
     at: float
@@ -79,6 +81,7 @@ class Look:
     job: bool = False
     allowed: bool = False
     traced: bool = False
+    collecting: bool = False
     syscall: str | None = None
     others: Mapping[int, Frame] = field(default_factory=dict)
     places: tuple[tuple[CodeType, int], ...] = ()
@@ -121,6 +124,8 @@ def look(
         at_frame = at_frame.f_back
     else:
         at_frame = None
+    if len(frames) > 1 and _only_entered(frames[0]):
+        del frames[0]
     kept = frames[DEEPEST - 1 :: -1]
     stack = tuple(_frame(f) for f in kept)
     turn, turns, handle = 0, 1, None
@@ -135,6 +140,15 @@ def look(
         job = who.task is None
     places = tuple((f.f_code, f.f_lasti) for f in kept)
     return Look(at, stack, who, turn, turns, len(getattr(loop, "_ready", ())), job, places=places)
+
+
+def _only_entered(frame: FrameType) -> bool:
+    """Whether it stands at the beginning of its function, where threads give up the GIL, and nothing is done yet.
+
+    The line is the `def` then, and what goes on is the caller's: its call.
+    """
+    code, at = frame.f_code.co_code, frame.f_lasti
+    return 0 <= at < len(code) and code[at] == _RESUME and not code[at + 1] & 3  # else behind a yield or await
 
 
 def below_loop(stack: Sequence[Frame]) -> tuple[Frame, ...]:
@@ -152,15 +166,23 @@ def named(stack: Sequence[Frame], known: Sequence[Frame]) -> tuple[Frame, ...]:
     return tuple(f._replace(function=full.get((f.file, f.function), f.function)) for f in stack)
 
 
-def lines(frames: Mapping[int, FrameType], without: Container[int], most: int = 64) -> dict[int, Frame]:
-    """Where threads stand, by ident: the innermost line of the user's own, else the innermost."""
+def lines(
+    frames: Mapping[int, FrameType], without: Container[int], ours: Container[int] = (), most: int = 64
+) -> dict[int, Frame]:
+    """Where threads stand, by ident: the innermost line of the user's own, else the innermost.
+
+    Args:
+        without: threads that are left out.
+        ours: threads that are left out unless they run something of the user's.
+    """
     found: dict[int, Frame] = {}
     for ident, innermost in frames.items():
         if ident not in without and len(found) < most:
             frame: FrameType | None = innermost
             while frame is not None and not is_user(frame.f_code.co_filename):
                 frame = frame.f_back
-            found[ident] = _frame(frame or innermost)
+            if frame is not None or ident not in ours:
+                found[ident] = _frame(frame or innermost)
     return found
 
 
@@ -255,9 +277,14 @@ def _is_installed(file: str) -> bool:
     return "/site-packages/" in parts or "/dist-packages/" in parts
 
 
+def _has_lines(file: str) -> bool:
+    """Whether it is of the program itself, and not made by `exec` of a string, as dataclasses' methods are."""
+    return is_user(file) and file != "<string>"
+
+
 def blamed(stack: Sequence[Frame]) -> Frame | None:
     """The innermost line of the user's own; without any, that of an installed package, else the innermost."""
-    for mine in (is_user, _is_installed):
+    for mine in (_has_lines, is_user, _is_installed):
         for frame in reversed(stack):
             if mine(frame.file):
                 return frame

@@ -1,11 +1,12 @@
 """The two threads of a detector: the watchdog, which looks after all loops, and the reporter, which tells of them.
 
-    idle, all loops asleep     ── until a loop wakes it ──►
-    some loop turns            ── tick every half threshold ──►
-    a loop is half over        ── look at it every 5 ms, later less often ──►
+    all loops asleep, and few turns before     ── until a loop rings; half a threshold later the next tick ──►
+    some loop turns                            ── tick every half threshold ──►
+    a loop is half over                        ── look at it every 5 ms, later less often ──►
 
 Order within a tick: the frames first. Whatever gives up the GIL before that lets the loop's thread go on, and a call in
-C that held the GIL is then over, and somebody else blamed. The clocks come second, the making of reports last.
+C that held the GIL is then over, and somebody else blamed. The clocks come second, the making of reports last. If the
+GIL was lost on the way, and kept by somebody, the tick begins again with the frames.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
+import math
 import os
 import sys
 import threading
@@ -22,16 +24,16 @@ from collections.abc import Callable
 from queue import Empty, SimpleQueue
 from types import FrameType
 
-from .clocks import Machine
+from .clocks import Clock, Machine, Moment, Overtaken
 from .deadman import DeadMan
-from .edge import CLOCK
-from .ledger import Ledger, Logbook
 from .record import Stall
+from .session import Logbook, Session
 from .stack import lines
 from .watched import Settings, Watched
 
-DROWSY = 0.2  # seconds in which no loop turned, after which the watchdog sleeps until one does
+FEW = 4  # turns of all loops in a tick, up to which the watchdog sleeps while they do: being rung costs two ticks
 SLEEP = 1.0  # seconds: it looks after closed loops and queues even then
+AGAIN = 8  # times a tick begins again, if it loses the GIL for long: after that, the reports are due
 PATIENCE = 1.0  # seconds for which somebody waits for one of these threads to end
 FLUSH = 5.0  # seconds between looks for lines whose minute is over
 
@@ -66,14 +68,14 @@ class Watchdog:
         self,
         watched: dict[int, Watched],
         settings: Settings,
-        ledger: Ledger,
+        session: Session,
         reporter: Reporter | None,
         *,
         deep: bool = False,
     ) -> None:
         self._watched = watched
         self._settings = settings
-        self._ledger = ledger
+        self._session = session
         self._reporter = reporter
         self._deep = deep
         self._tick = settings.threshold / 2
@@ -84,20 +86,37 @@ class Watchdog:
         self._stopping = False
         self._final = False
         self._left: deque[Watched] = deque()  # to be buried
-        self._quiet = CLOCK()  # when a loop was last seen to turn
+        self._urgent = False  # it rang for a tick
+        self._resting = False  # until a loop rings
+        self._before: Moment | None = None  # of the last tick
 
     def begin(self) -> None:
         """Start the thread."""
         self._stopping = False
-        self._thread = threading.Thread(target=self._run, name="offload watchdog", daemon=True)
+        ready = threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(ready,), name="offload watchdog", daemon=True)
         self._thread.start()
+        ready.wait(PATIENCE)  # else a stall that begins at once and holds the GIL is over before the first tick
+        if self._reporter is not None:
+            self._reporter.begin()
 
     def wake(self) -> None:
         """Tick now; any thread. Never blocks."""
-        if self._thread is None:  # in a forked child, on the thread of the first loop that turns
+        if self._thread is None:  # in a forked child, on the thread of the first loop
             self.begin()
             return
-        self._rang = CLOCK()
+        self._rang = Clock.now()
+        self._urgent = True
+        self._ring()
+
+    def rouse(self) -> None:
+        """A loop has woken: tick in time to see whether it is blocked. On its thread; never blocks."""
+        if self._thread is None:  # in a forked child
+            self.begin()
+        self._rang = Clock.now()
+        self._ring()
+
+    def _ring(self) -> None:
         with contextlib.suppress(RuntimeError):  # it has been rung
             self._bell.release()
 
@@ -108,7 +127,7 @@ class Watchdog:
 
     def emit(self, stall: Stall) -> None:
         """Keep a stall, and tell of it."""
-        self._ledger.add(stall)
+        self._session.add(stall)
         if self._reporter is not None:
             self._reporter.put(stall)
 
@@ -124,7 +143,7 @@ class Watchdog:
         thread = self._thread
         self._end()
         if thread is None:
-            self._bury_all(CLOCK())
+            self._bury_all(Clock.now())
         if self._reporter is not None:
             self._reporter.end(last=True)
 
@@ -136,33 +155,49 @@ class Watchdog:
 
     # --- the thread -----------------------------------------------------------------------------------------------
 
-    def _run(self) -> None:
-        machine = Machine()
+    def _run(self, ready: threading.Event) -> None:
         deadman = DeadMan() if self._deep else None
-        own = threading.get_ident()
+        machine = Machine()  # which reads files, so may lose the GIL: as if a tick had begun
         failed = False
-        planned = CLOCK()  # the first readings are what the next ones are compared with
+        planned = Clock.now()  # the first readings are what the next ones are compared with
         try:
-            stopping = False
-            while not stopping:
-                rang = self._bell.acquire(True, max(0.001, planned - CLOCK()))
+            stopping, again = False, 1
+            while again or not stopping:
+                rang = not again and self._bell.acquire(True, max(0.001, planned - Clock.now()))
                 stopping = self._stopping  # asked to while it ticked, it ticks once more: what just ended is told
                 frames: dict[int, FrameType] = current_frames()
-                now = CLOCK()
+                now = Clock.now()
                 late = max(0.0, now - (self._rang if rang else planned))
+                # Code in Python gives the GIL back within the interval.
+                patience = 2 * sys.getswitchinterval() if again < AGAIN else math.inf
                 try:
-                    planned = self._look_at_all(frames, now, late, machine, deadman, own)
+                    if rang and not (self._urgent or stopping) and late < patience:
+                        if self._resting:
+                            planned = self._begin_to_tick(now, machine, patience)
+                    else:
+                        self._urgent = self._resting = False
+                        planned = self._look_at_all(frames, now, late, machine, deadman, patience)
+                    again = 0
+                    ready.set()
+                except Overtaken as exc:
+                    planned, again = exc.since, again + 1
                 except Exception:
                     if not failed:  # one line for a mistake of ours, not forty a second
                         log.exception("the watchdog failed, and goes on")
-                    failed, planned = True, CLOCK() + self._tick
+                    failed, planned, again = True, Clock.now() + self._tick, 0
                 frames = {}  # a frame that is kept keeps all that its function has in hand
         finally:
             if deadman is not None:
                 deadman.close()
             if self._final:
-                self._bury_all(CLOCK())
+                self._bury_all(Clock.now())
             machine.close()
+
+    def _begin_to_tick(self, now: float, machine: Machine, patience: float) -> float:
+        """A loop has woken; all slept until now. Returns when the next tick is due."""
+        self._before = machine.read(now, 0.0, patience)
+        self._resting = False
+        return now + self._tick
 
     def _look_at_all(
         self,
@@ -171,47 +206,49 @@ class Watchdog:
         late: float,
         machine: Machine,
         deadman: DeadMan | None,
-        own: int,
+        patience: float,
     ) -> float:
         """One tick; returns when the next one is due."""
         all_watched = list(self._watched.values())
-        for watched in all_watched:
+        awake = [watched for watched in all_watched if not watched.asleep(now)]
+        ours = {threading.get_ident(), self._reporter.ident if self._reporter is not None else 0}
+        for watched in awake:
             watched.edge.look(frames, now)
-            watched.look(frames, now, own)
-        others = lines(frames, {own}) if late > self._tick else {}
-        moment = machine.read(
-            now, late
-        )  # which may give up the GIL, and not get it back for long: that is lateness too
+            watched.look(frames, now, ours)
+        others = lines(frames, (), ours) if late > self._tick else {}
+        moment = machine.read(now, late, patience)
         dumps = deadman.read() if deadman is not None and late > 0.0 else {}
-        pause, active = self._tick, False
+        pause, turned = self._tick, 0
         told = 0.0  # seconds that the reports took, which is no lateness
         if any(watched.edge.precision != "exact" for watched in all_watched):
             pause *= 0.8  # when a stretch began there is told by these ticks: half of one either way
-        for watched in all_watched:
-            active |= watched.read(moment)
+        for watched in awake:
+            turned += watched.read(moment, self._before, patience)
             if others or dumps:
                 watched.woke_late(others, now, dumps.get(watched.edge.thread_id or 0, ()))
-            began = CLOCK()
-            watched.tell(now, frames, own)
-            told += CLOCK() - began
+            began = Clock.now()
+            watched.tell(now, frames, ours)
+            took = Clock.now() - began
+            if took > patience:
+                raise Overtaken(began)
+            told += took
             if watched.next_look:
                 pause = min(pause, watched.next_look - now)
+        self._before = moment
+        for watched in all_watched:
             if watched.over or watched.edge.is_over():
                 self._bury(watched, now)
         while self._left:
             self._bury(self._left.popleft(), now)
-        if active:
-            self._quiet = now
-        elif now - self._quiet >= DROWSY:
+        if deadman is not None:
+            deadman.set(pause + self._tick)  # so it must tick: a loop that wakes may keep the GIL at once
+        elif turned <= FEW:
             for watched in all_watched:
                 watched.edge.set_drowsy()
             # A loop that woke before it was asked to tell does not tell.
             if not any(watched.edge.peek() for watched in all_watched):
-                if deadman is not None:
-                    deadman.rest()
+                self._resting = True
                 return now + SLEEP
-        if deadman is not None:
-            deadman.set(pause + self._tick)
         return now + pause + told
 
     def _bury(self, watched: Watched, now: float) -> None:
@@ -227,7 +264,7 @@ class Watchdog:
 
 
 class Reporter:
-    """One thread that runs the program's own functions; it lives while there is something to tell."""
+    """One thread that runs the program's own functions."""
 
     def __init__(self, on_stall: Callable[[Stall], None] | None, *, log_lines: bool) -> None:
         self._on_stall = on_stall
@@ -235,11 +272,20 @@ class Reporter:
         self._queue: SimpleQueue[Stall | None] = SimpleQueue()
         self._thread: threading.Thread | None = None
 
-    def put(self, stall: Stall) -> None:
-        """Tell of this; on the watchdog's thread."""
+    @property
+    def ident(self) -> int:
+        """Of the thread; 0: there is none."""
+        thread = self._thread
+        return (thread.ident or 0) if thread is not None else 0
+
+    def begin(self) -> None:
+        """Start the thread. Not when there is something to tell: that would keep the watchdog from its next look."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="offload reporter", daemon=True)
             self._thread.start()
+
+    def put(self, stall: Stall) -> None:
+        """Tell of this; on the watchdog's thread, or the one that ends it."""
         self._queue.put(stall)
 
     def end(self, *, last: bool = False) -> None:
@@ -249,7 +295,7 @@ class Reporter:
             self._queue.put(None)
             join(thread)
         if last and self._logbook is not None and (thread is None or not thread.is_alive()):
-            self._logbook.flush(CLOCK(), all_of_it=True)
+            self._logbook.flush(Clock.now(), all_of_it=True)
 
     def _run(self) -> None:
         while True:
@@ -258,13 +304,13 @@ class Reporter:
             except Empty:
                 stall = None
                 if self._logbook is not None:
-                    self._logbook.flush(CLOCK())
+                    self._logbook.flush(Clock.now())
                 continue
             if stall is None:
                 return
             try:
                 if self._logbook is not None:
-                    self._logbook.add(stall, CLOCK())
+                    self._logbook.add(stall, Clock.now())
                 if self._on_stall is not None:
                     self._on_stall(stall)
             except Exception:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextvars
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import CodeType, FrameType
 from typing import Any
@@ -22,16 +22,17 @@ from .advice import advise
 from .allow import Allowed, is_inside
 from .announce import Announced
 from .cause import Sample, Window, classify
-from .clocks import Moment, Probe, Reading, traced
+from .clocks import Moment, Probe, Reading, program, traced
 from .edge import Closed, Edge
-from .ledger import Ledger
 from .record import Cause, Frame, Kind, Stall, Verdict
+from .session import Session
 from .stack import Look, Who, below_loop, blamed, contributors, lines, look, named, running_task, stretches
 
 FAST = 0.005  # seconds between two looks
 DENSE = 64  # looks, after which each interval is twice the one before
 RARE = 1.0  # the longest interval
 LEVELS = (1, 4, 16)  # times the threshold: a stall that lasts is reported
+MANY = 1_000_000  # turns of a loop that does not tell
 READINGS = 256
 SPARE = 4  # readings kept while the loop is idle: that it woke late is known a tick after that happened
 
@@ -55,14 +56,14 @@ class Watched:
         next_look: when the thread is to be looked at again, by the detector's clock; 0.0: no stretch is long enough.
     """
 
-    def __init__(self, edge: Edge, settings: Settings, ledger: Ledger, emit: Callable[[Stall], None]) -> None:
+    def __init__(self, edge: Edge, settings: Settings, session: Session, emit: Callable[[Stall], None]) -> None:
         self.edge = edge
         self.resource: Announced | None = None
         self.over = False
         self.next_look = 0.0
         self.buried = False
         self._settings = settings
-        self._ledger = ledger
+        self._session = session
         self._emit = emit
         self._turns = -1
         self._since = 0.0  # of the stretch that the looks belong to
@@ -89,7 +90,7 @@ class Watched:
 
     # --- at each tick, in this order ------------------------------------------------------------------------------
 
-    def look(self, frames: Mapping[int, FrameType], now: float, own: int) -> None:
+    def look(self, frames: Mapping[int, FrameType], now: float, ours: Container[int]) -> None:
         """Look at the thread, if the present stretch is long enough to become a stall."""
         edge = self.edge
         since = edge.peek()
@@ -104,35 +105,54 @@ class Watched:
             return
         frame = frames.get(edge.thread_id or 0)
         if frame is not None:
-            self._looks.append(self._look(frame, frames, now, own))
+            self._looks.append(self._look(frame, frames, now, ours))
             if len(self._looks) > DENSE or self._looks[-1].job:
                 self._interval = min(2 * self._interval, RARE)
         self.next_look = now + self._interval
 
-    def read(self, moment: Moment) -> bool:
-        """Read the thread's clocks, unless it has slept since they were read. Returns whether it did something."""
+    def asleep(self, now: float) -> bool:
+        """Whether the loop has slept since the last tick, and nothing else is due: what follows need not be done."""
+        return (
+            not self._since
+            and self.edge.precision == "exact"
+            and self.edge.totals()[0] == self._turns
+            and not self.edge.peek()
+            and not self.edge.closed
+            and not self._ended
+            and (self.resource is None or now < self._queue_check)
+        )
+
+    def read(self, moment: Moment, before: Moment | None, patience: float) -> int:
+        """Read the thread's clocks. Returns how often the loop turned since the last tick.
+
+        Args:
+            before: the last tick's moment. If the loop slept then, its clocks stood still until then.
+
+        Raises:
+            Overtaken: it, or another thread, kept the GIL for longer than the patience; nothing was read.
+        """
         edge = self.edge
         turns, _ = edge.totals()
-        idle = turns == self._turns and edge.precision == "exact" and not self._since
-        self._turns, active = turns, not idle
+        turned = turns - self._turns if edge.precision == "exact" else MANY
         if edge.thread_id is None or edge.native_id is None:
-            return active
+            self._turns = turns
+            return turned
         if self._probe is None or self._probe.ident != edge.thread_id:
             self.forget()
             self._probe = Probe(edge.native_id, edge.thread_id)
-            idle = False
+        reading = self._probe.read(moment, patience)
         last = self._readings[-1] if self._readings else None
-        if idle and last is not None:
-            self._readings.append(last._replace(moment=moment))
-        else:
-            self._readings.append(self._probe.read(moment))
+        if last is not None and before is not None and before.at > last.moment.at:
+            self._readings.append(last._replace(moment=before))
+        self._readings.append(reading)
+        self._turns = turns
         if self._looks and self._looks[-1].at == moment.at and self._probe is not None:
-            syscall = self._probe.syscall()
+            syscall = self._probe.syscall(patience)
             if edge.peek() == self._since:
                 self._looks[-1].syscall = syscall
-        return active
+        return turned
 
-    def tell(self, now: float, frames: Mapping[int, FrameType], own: int) -> None:
+    def tell(self, now: float, frames: Mapping[int, FrameType], ours: Container[int]) -> None:
         """Report what has ended, and what lasts."""
         self._part()
         self._tell_ended()
@@ -143,7 +163,7 @@ class Watched:
             self._report_ongoing(since, now)
         if self.resource is not None and now >= self._queue_check:
             self._queue_check = now + self._settings.queue_threshold / 4
-            self._check_queue(self.resource, now, frames, own)
+            self._check_queue(self.resource, now, frames, ours)
         self._trim()
         self._dump = None
         self.edge.timeline.add(now, self.edge.totals()[1] + (now - since if since else 0.0))
@@ -160,7 +180,7 @@ class Watched:
         self.forget()
         if not self.buried:
             self.buried = True
-            self._ledger.bury(self.edge.record())
+            self._session.bury(self.edge.record())
 
     def woke_late(self, others: Mapping[int, Frame], now: float, dump: tuple[Frame, ...]) -> None:
         """The watchdog was kept from ticking until now.
@@ -189,14 +209,16 @@ class Watched:
         self._level = self._number = 0
         self._interval = self._fast
 
-    def _look(self, frame: FrameType, frames: Mapping[int, FrameType], now: float, own: int) -> Look:
+    def _look(self, frame: FrameType, frames: Mapping[int, FrameType], now: float, ours: Container[int]) -> Look:
         edge = self.edge
         variables = self._settings.variables
-        seen = look(frame, now, edge.loop, base=edge.base, jobs=self.jobs, variables=variables)
+        theirs = program(frame) or frame
+        seen = look(theirs, now, edge.loop, base=edge.base, jobs=self.jobs, variables=variables)
+        seen.collecting = theirs is not frame
         seen.traced = traced(frame, len(seen.stack))
         ident = edge.thread_id or 0
         seen.allowed = self._settings.allowed(seen.stack) or is_inside(ident, running_task(edge.loop))
-        seen.others = lines(frames, {ident, own})
+        seen.others = lines(frames, {ident}, ours)
         return seen
 
     def forget(self) -> None:
@@ -237,7 +259,7 @@ class Watched:
                 self._ended.append((one, [], 0))
 
     def _report_ongoing(self, since: float, now: float) -> None:
-        self._number = self._number or self._ledger.number()
+        self._number = self._number or self._session.number()
         self._report(since, now, self._looks, self._number, ongoing=True)
 
     def _tell_ended(self) -> None:
@@ -246,7 +268,7 @@ class Watched:
                 continue  # what a resource's loop did that nobody saw was its job, for all we know
             if not looks and self._dump is not None and not one.overslept:
                 looks, self._dump = [self._dump], None
-            number = number or self._ledger.number()
+            number = number or self._session.number()
             self._report(one.since, one.until, looks, number, ongoing=False, overslept=one.overslept)
         self._ended.clear()
 
@@ -276,7 +298,7 @@ class Watched:
         stall = Stall(
             number=number,
             loop=self.edge.name,
-            began=self._ledger.at(since),
+            began=self._session.at(since),
             duration=duration,
             threshold=self._settings.threshold,
             kind=Kind.SATURATED if saturated else Kind.SLOW,
@@ -310,6 +332,7 @@ class Watched:
                 one.others,
                 one.traced,
                 one.call_at(one.stack[-1]) if one.stack else None,
+                one.collecting,
             )
             for one in looks or [one for one in self._strangers if one.at >= since]
         ]
@@ -334,7 +357,9 @@ class Watched:
 
     # --- a resource's queue ---------------------------------------------------------------------------------------
 
-    def _check_queue(self, resource: Announced, now: float, frames: Mapping[int, FrameType], own: int) -> None:
+    def _check_queue(
+        self, resource: Announced, now: float, frames: Mapping[int, FrameType], ours: Container[int]
+    ) -> None:
         stats = resource.stats()
         limit = self._settings.queue_threshold
         if stats.oldest_wait < limit:
@@ -343,13 +368,13 @@ class Watched:
             return
         queue = self._queue
         if queue is None:
-            queue = self._queue = _Queue(self._ledger.number(), now - stats.oldest_wait)
+            queue = self._queue = _Queue(self._session.number(), now - stats.oldest_wait)
         if stats.oldest_wait > queue.longest:
             queue.longest, queue.waited = stats.oldest_wait, stats.queued
             queue.running = stats.running or queue.running
         frame = frames.get(self.edge.thread_id or 0)
         if frame is not None and len(queue.looks) < DENSE:
-            seen = self._look(frame, frames, now, own)
+            seen = self._look(frame, frames, now, ours)
             seen.syscall = self._probe.syscall() if self._probe is not None else None
             queue.looks.append(seen)
         level = sum(stats.oldest_wait >= times * limit for times in LEVELS)
@@ -369,7 +394,7 @@ class Watched:
         stall = Stall(
             number=queue.number,
             loop=self.edge.name,
-            began=self._ledger.at(queue.began),
+            began=self._session.at(queue.began),
             duration=queue.longest,
             threshold=self._settings.queue_threshold,
             kind=Kind.QUEUE,

@@ -31,9 +31,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from offload.debug import clocks
-from offload.debug.calls import called
+from offload.debug.callee import called
 from offload.debug.cause import Diagnosis, Machine, Probe, Sample, Window, classify, program, traced
-from offload.debug.clocks import Moment, Reading, clocks_patched, is_debugger
+from offload.debug.clocks import Clock, Moment, Overtaken, Reading, clocks_patched, is_debugger
 from offload.debug.record import Cause, Frame, Verdict
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
@@ -558,6 +558,31 @@ def test_replaced_clock_makes_the_verdict_unmeasured(name: str, monkeypatch: pyt
     machine.close()
     window = Window(1.0, 1.1, 0.05, [Reading(moment, 0.0), reading(1.2, cpu=0.2)])
     assert classify(window).verdict is Verdict.UNMEASURED
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a call of its C library")
+def test_who_is_kept_from_the_gil_while_it_reads_says_so() -> None:
+    """A call in C that begins in the moment of a reading, and keeps the GIL: the caller hears when it is over."""
+    usleep = ctypes.PyDLL(None).usleep
+    done = threading.Event()
+
+    def hogs() -> None:
+        while not done.is_set():
+            usleep(20_000)
+
+    machine = Machine()
+    thread = threading.Thread(target=hogs)
+    thread.start()
+    try:
+        with pytest.raises(Overtaken) as caught:
+            [machine.read(Clock.now(), 0.0, 0.01) for _ in range(1000)]
+        kept = Clock.now() - caught.value.since
+        machine.read(Clock.now(), 0.0)
+    finally:
+        done.set()
+        thread.join()
+        machine.close()
+    assert kept > 0.01
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
+import freezegun
 import pytest
 
 import offload
@@ -308,6 +309,47 @@ async def test_another_thread_that_holds_the_gil(place: Any) -> None:
     assert stall.cause is Cause.GIL
     assert stall.holder is not None
     assert stall.holder.function.endswith("hogs")
+
+
+@pytest.mark.skipif(not LINUX, reason="a call of its C library")
+async def test_calls_in_c_one_behind_the_other(line_of: LineOf) -> None:
+    """Each is named, though the next keeps the GIL from the watchdog as soon as it reads a clock or tells of one."""
+    usleep = ctypes.PyDLL(None).usleep
+
+    async def calls() -> None:
+        for _ in range(5):
+            await asyncio.sleep(0)
+            usleep(120_000)  # first
+            await asyncio.sleep(0)
+            usleep(120_000)  # second
+
+    async def lines() -> list[int]:
+        async with offload.watch(log=False) as detector:
+            await calls()
+            await asyncio.sleep(0.03)
+        return [stall.frame.line for stall in detector.report().stalls if stall.duration > 0.1 and stall.frame]
+
+    # A watchdog without a processor does not ask for the GIL in time, so on a busy machine one may be missing.
+    assert [line_of(calls, "# first"), line_of(calls, "# second")] * 5 in [await lines() for _ in range(5)]
+
+
+def fib(n: int) -> int:
+    return n if n < 2 else fib(n - 1) + fib(n - 2)  # body
+
+
+async def test_a_function_that_is_only_entered_is_its_callers_line(place: Any, line_of: LineOf) -> None:
+    """Threads give up the GIL at the `def`, where nothing is done yet: the call is what goes on."""
+
+    async def computes() -> None:
+        began = time.perf_counter()
+        while time.perf_counter() - began < BLOCK:
+            fib(12)  # call
+
+    stall: Stall = await place.stall_of(computes)
+    assert stall.frame is not None
+    assert stall.frame.line in (line_of(fib, "# body"), line_of(computes, "# call"))
+    seen = {frame.line for stack, _ in stall.stacks for frame in stack if frame.function == "fib"}
+    assert seen <= {line_of(fib, "# body")}
 
 
 # --- who --------------------------------------------------------------------------------------------------------------
@@ -621,7 +663,7 @@ async def test_an_idle_loop(place: Any) -> None:
 
 
 @contextmanager
-def frozen_clocks() -> Iterator[None]:
+def replaced_clocks() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name in ("monotonic", "perf_counter", "time"):
             now = getattr(time, name)()
@@ -629,20 +671,38 @@ def frozen_clocks() -> Iterator[None]:
         yield
 
 
-async def test_a_frozen_clock_makes_no_stall() -> None:
+FREEZERS = [replaced_clocks, lambda: freezegun.freeze_time("2000-01-01")]  # the latter looks into every module
+
+
+@pytest.mark.parametrize("frozen", FREEZERS, ids=["by hand", "freezegun"])
+async def test_a_frozen_clock_makes_no_stall(frozen: Any) -> None:
     """A test's library that stops the clocks is not taken for a stall."""
     async with offload.watch(log=False) as detector:
-        with frozen_clocks():
+        with frozen():
             for _ in range(50):
                 await asyncio.sleep(0)
     assert failed(detector.report()) == []
 
 
-async def test_a_stall_under_a_frozen_clock_is_unmeasured() -> None:
+@pytest.mark.parametrize("frozen", FREEZERS, ids=["by hand", "freezegun"])
+async def test_a_stall_under_a_frozen_clock_is_unmeasured(frozen: Any) -> None:
     """It is timed by clocks of our own, but not held against the program."""
     sleep = time.sleep
+    with frozen():
+        async with offload.watch(log=False) as detector:
+            sleep(BLOCK)
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+        await asyncio.sleep(0)
+    (stall,) = [s for s in detector.report().stalls if s.duration >= BLOCK]
+    assert stall.verdict is Verdict.UNMEASURED
+
+
+async def test_a_clock_that_is_frozen_for_a_while() -> None:
+    """The same where the detector was there before, and is after."""
+    sleep = time.sleep
     async with offload.watch(log=False) as detector:
-        with frozen_clocks():
+        with replaced_clocks():
             sleep(BLOCK)
             await asyncio.sleep(0)
             await asyncio.sleep(0)

@@ -16,8 +16,8 @@ import pytest
 import offload
 from offload.debug import deadman
 from offload.debug.edge import POINTS, Timeline
-from offload.debug.ledger import MINUTE, Ledger, Logbook
 from offload.debug.record import Cause, Frame, Kind, LoopRecord, Stall, Verdict
+from offload.debug.session import MINUTE, Logbook, Session
 from offload.debug.stack import Look, Who, blamed, contributors, is_user, stretches
 
 BLOCK = 0.15
@@ -104,6 +104,8 @@ def test_the_users_line_is_blamed_before_a_librarys() -> None:
     assert blamed([mine, theirs, standard]) == mine
     assert blamed([theirs, standard]) == theirs
     assert blamed([standard]) == standard
+    assert blamed([mine, theirs, Frame("<string>", 2, "__init__")]) == mine
+    assert blamed([Frame("<string>", 1, "<module>"), theirs]) == Frame("<string>", 1, "<module>")
     assert blamed([]) is None
     assert not is_user("<frozen importlib._bootstrap>")
     assert not is_user(offload.__file__)
@@ -351,12 +353,12 @@ def test_what_is_logged_and_how_loudly(caplog: pytest.LogCaptureFixture) -> None
 
 def test_what_is_kept_is_bounded() -> None:
     """1,000 stalls, the others counted; a stall gives way to its own end; loops of one name are one."""
-    ledger = Ledger(0.05)
+    session = Session(0.05)
     for n in range(1, 1201):
-        ledger.add(made(n, 0.1, ongoing=True))
-        ledger.add(made(n, 0.2))
-        ledger.bury(LoopRecord("main", "MainThread", iterations=2, busy=0.5, timeline=((n * 0.1, 0.5),)))
-    report = ledger.report([])
+        session.add(made(n, 0.1, ongoing=True))
+        session.add(made(n, 0.2))
+        session.bury(LoopRecord("main", "MainThread", iterations=2, busy=0.5, timeline=((n * 0.1, 0.5),)))
+    report = session.report([])
     assert len(report.stalls) == 1000
     assert report.lost == 200
     assert {stall.duration for stall in report.stalls} == {0.2}

@@ -950,11 +950,10 @@ def test_file_that_takes_nothing_more_is_named_at_the_end(asyncio_program: Progr
     reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
     try:
         code, out, err = asyncio_program.run("""
-            default_exit_timeout(0.5)
             async def main():
                 global stuck
                 await opened_and_filled()
-                stuck = await offload.FileSink(FOLDER + "/fifo").start()
+                stuck = await offload.FileSink(FOLDER + "/fifo", exit_timeout=0.5).start()
                 _ = stuck.write(bytes(1 << 20))
             run(main())
         """)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from offload.debug.calls import LONGEST, called
+from offload.debug.callee import LONGEST, called
 
 
 class Spy:

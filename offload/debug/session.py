@@ -15,7 +15,8 @@ import time
 from collections import deque
 from collections.abc import Iterable
 
-from .edge import BINS, CLOCK, POINTS
+from .clocks import Clock
+from .edge import BINS, POINTS
 from .record import LoopRecord, Report, Stall, Verdict
 
 STALLS = 1000  # kept with all that is known of them
@@ -28,12 +29,12 @@ log = logging.getLogger("offload.debug")
 LEVELS = {Verdict.FAIL: logging.WARNING, Verdict.UNMEASURED: logging.INFO, Verdict.PASS: logging.DEBUG}
 
 
-class Ledger:
+class Session:
     """One session. Any thread may ask for the report; the watchdog alone adds to it."""
 
     def __init__(self, threshold: float) -> None:
         self.threshold = threshold
-        self.began = CLOCK()
+        self.began = Clock.now()
         self.wall = time.time()
         self.ended: float | None = None
         self._stalls: dict[int, Stall] = {}
@@ -76,7 +77,7 @@ class Ledger:
                 loops[key] = record if known is None else _joined(known, record)
             return Report(
                 self.wall,
-                (self.ended or CLOCK()) - self.began,
+                (self.ended or Clock.now()) - self.began,
                 self.threshold,
                 platform.python_version(),
                 f"{sys.platform}-{platform.machine()}",
