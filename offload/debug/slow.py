@@ -97,7 +97,6 @@ class SlowCallbackDetector:
         self._log = log
         self._deep = deep
         self._histogram = histogram
-        self._gate = threading.RLock()  # for who starts and stops; the watchdog never takes it
         self._running = False
         self._home: int | None = None  # thread whose later loops are watched
         self._session = Session(threshold)
@@ -117,7 +116,7 @@ class SlowCallbackDetector:
 
     def _start(self, *, resources: bool) -> Self:
         here = asyncio._get_running_loop()
-        with self._gate:
+        with _gate:
             if not self._running:
                 self._running = True
                 self._session = Session(self.threshold)
@@ -143,7 +142,7 @@ class SlowCallbackDetector:
         A stall that lasts is reported as far as it has come. No loop is waited for; our own threads are, for at most
         PATIENCE seconds each: they run the program's `on_stall` and log handlers.
         """
-        with self._gate:
+        with _gate:
             if not self._running:
                 return self.report()
             self._running = False
@@ -261,36 +260,50 @@ class SlowCallbackDetector:
         if self._watchdog is not None:
             self._watchdog.begin()
 
-    def _after_fork_in_child(self) -> None:
-        """Begin a session of the child's own. asyncio lets no child go on with a loop of its parent's, so only loops
-        that start from now on are watched; our threads come when there is one."""
-        self._gate = threading.RLock()
+    def _let_go(self) -> None:
+        """Of the parent's loops, in a child."""
         for watched in self._watched.values():
             watched.edge.unhook()
             watched.forget()
         self._watched = {}
+
+    def _after_fork_in_child(self) -> None:
+        """Begin a session of the child's own. asyncio lets no child go on with a loop of its parent's, so only loops
+        that start from now on are watched; our threads come when there is one."""
+        self._let_go()
         self._session = Session(self.threshold)
         self._watchdog = self._new_watchdog()
         self._hear()
 
 
+_gate = threading.RLock()  # for who starts and stops, and held while the process forks; our threads never take it
 _running: dict[SlowCallbackDetector, None] = {}
 
 
-def _for_all(step: Callable[[SlowCallbackDetector], None]) -> Callable[[], None]:
-    def run_all() -> None:
-        for detector in list(_running):
-            step(detector)
+def _before_fork() -> None:
+    _gate.acquire()
+    for detector in _running:
+        detector._before_fork()
 
-    return run_all
+
+def _after_fork_in_parent() -> None:
+    for detector in _running:
+        detector._after_fork_in_parent()
+    _gate.release()
+
+
+def _after_fork_in_child() -> None:
+    global _lone
+    if _lone is not None:  # the resources that asked for it are not here
+        _lone.forget()
+        _lone = None
+    for detector in _running:
+        detector._after_fork_in_child()
+    _gate.release()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(
-        before=_for_all(SlowCallbackDetector._before_fork),
-        after_in_parent=_for_all(SlowCallbackDetector._after_fork_in_parent),
-        after_in_child=_for_all(SlowCallbackDetector._after_fork_in_child),
-    )
+    os.register_at_fork(before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child)
 
 
 class _Lone:
@@ -299,20 +312,24 @@ class _Lone:
     def __init__(self) -> None:
         self._detector = SlowCallbackDetector()
         self._open: set[Announced] = set()
-        self._gate = threading.Lock()
 
     def loop_opens(self, resource: Announced) -> None:
-        with self._gate:
+        with _gate:
             self._open.add(resource)
             self._detector._start(resources=False)
         self._detector.loop_opens(resource)
 
     def loop_closes(self, resource: Announced) -> None:
         self._detector.loop_closes(resource)
-        with self._gate:
+        with _gate:
             self._open.discard(resource)
             if not self._open:
                 self._detector.stop()
+
+    def forget(self) -> None:
+        """In a forked child: end without a word."""
+        _running.pop(self._detector, None)
+        self._detector._let_go()
 
 
 _lone: _Lone | None = None

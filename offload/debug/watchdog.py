@@ -216,16 +216,17 @@ class Watchdog:
             watched.edge.look(frames, now)
             watched.look(frames, now, ours)
         others = lines(frames, (), ours) if late > self._tick else {}
-        moment = machine.read(now, late, patience)
         dumps = deadman.read() if deadman is not None and late > 0.0 else {}
+        if others or dumps:
+            for watched in awake:
+                watched.woke_late(others, now, dumps.get(watched.edge.thread_id or 0, ()))
+        moment = machine.read(now, late, patience)
         pause, turned = self._tick, 0
         told = 0.0  # seconds that the reports took, which is no lateness
         if any(watched.edge.precision != "exact" for watched in all_watched):
             pause *= 0.8  # when a stretch began there is told by these ticks: half of one either way
         for watched in awake:
             turned += watched.read(moment, self._before, patience)
-            if others or dumps:
-                watched.woke_late(others, now, dumps.get(watched.edge.thread_id or 0, ()))
             began = Clock.now()
             watched.tell(now, frames, ours)
             took = Clock.now() - began

@@ -419,6 +419,44 @@ def test_parent_and_child_are_both_watched_after_a_fork(code: str) -> None:
     ]
 
 
+FORK_AMID_STARTS = """
+import os, threading, warnings
+import offload
+
+warnings.simplefilter("ignore")  # of forks with other threads, which is the point
+
+def opens():
+    with offload.LoopThread("db", debug=True) as thread:
+        thread.submit(int).result()
+
+opens()  # a fork amid imports is Python's to lose
+done = threading.Event()
+def again_and_again():
+    while not done.is_set():
+        opens()
+
+other = threading.Thread(target=again_and_again)
+other.start()
+for _ in range(40):
+    pid = os.fork()
+    if not pid:
+        opens()
+        os._exit(0)
+    assert os.waitpid(pid, 0)[1] == 0
+done.set()
+other.join()
+print([thread.name for thread in threading.enumerate()])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_fork_amid_starts_and_stops() -> None:
+    """Nothing is raised, no thread is left, and the child can start a detector of its own."""
+    result = run(FORK_AMID_STARTS)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "['MainThread']\n", "")
+
+
 @pytest.mark.parametrize("deep", [False, True])
 def test_a_program_that_never_stops_its_detector_ends(deep: bool) -> None:
     """Interpreter exit needs no goodbye."""
