@@ -94,8 +94,8 @@ class Watched:
         """Look at the thread, if the present stretch is long enough to become a stall."""
         edge = self.edge
         since = edge.peek()
+        self._part(before=since)
         if since != self._since:
-            self._part(before=since)
             self._begin(since)
         self.next_look = 0.0
         if not since or now - since < self._arm:
@@ -153,8 +153,7 @@ class Watched:
         return turned
 
     def tell(self, now: float, frames: Mapping[int, FrameType], ours: Container[int]) -> None:
-        """Report what has ended, and what lasts."""
-        self._part()
+        """Report what had ended when the tick began, so that the clocks were read after its end, and what lasts."""
         self._tell_ended()
         since = self._since
         if since and self._level < len(LEVELS) and now - since >= LEVELS[self._level] * self._settings.threshold:
