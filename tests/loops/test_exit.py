@@ -809,7 +809,8 @@ def test_ctrl_c_while_the_program_drains_ends_it(asyncio_program: Program) -> No
     process = asyncio_program.start("""
         def block_the_drain():
             stuck.closing.wait()
-            everything.resource._thread._ended.result()
+            while set(threading.enumerate()) - {threading.main_thread(), threading.current_thread()}:
+                threading.Event().wait(0.001)  # the others are drained
             block()
         run(opened_and_filled())
         stuck = offload.LoopThread("stuck", exit_timeout=600).__enter__()
