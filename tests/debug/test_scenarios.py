@@ -187,12 +187,11 @@ async def spins() -> None:
 
 async def test_a_loop_in_python(place: Any) -> None:
     """Computing in Python is told from waiting."""
-    for _ in range(3):  # a watchdog that others keep from a processor is late, as behind a call in C
-        stall: Stall = await place.stall_of(spins)
-        assert stall.frame is not None
-        assert stall.frame.function == "spin"
-        if stall.cause is Cause.PYTHON:
-            break
+    stall: Stall = await place.stall_of(spins)
+    assert stall.frame is not None
+    assert stall.frame.function == "spin"
+    if stall.cause is Cause.C:  # a watchdog that others keep from a processor is late, as behind a call in C
+        stall = await place.stall_of(spins)
     assert stall.cause is Cause.PYTHON
     assert stall.numbers.cpu is None or stall.numbers.cpu >= 0.6 * BLOCK
 
