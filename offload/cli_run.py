@@ -9,9 +9,9 @@ Promises:
       ended: by its last line, an exception, Ctrl-C or SIGTERM. Not after `os._exit`, `exec` or SIGKILL, which leave
       no moment for it. Processes that the program starts or forks are not watched, and write nothing.
 
-What the program can see of it: modules that are imported already, the watchdog's thread and that of the live view,
-frames below its own in `traceback.print_stack()`, a SIGTERM handler where there was the default, and on Python 3.12 and
-later a filter for the warning about forking with threads, since those threads are ours.
+What the program can see of it: modules that are imported already, our threads, frames below its own in
+`traceback.print_stack()`, handlers of SIGTERM and SIGURG where there were the defaults, `signal.set_wakeup_fd` in use,
+and on Python 3.12 and later a filter for the warning about forking with threads, since those threads are ours.
 
 How: typer's frames would stand in every traceback, and it turns Ctrl-C into something else. So the command only reads
 its options and hands a Program back to `cli.main`, which calls it when typer has left the stack.
@@ -34,6 +34,8 @@ from types import FrameType, ModuleType, TracebackType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from .cli_signals import Waker
 
 if TYPE_CHECKING:
     from .cli_live import LiveView
@@ -247,6 +249,9 @@ class Session:
         atexit.register(self._finish)  # before any of the program's, so it runs after them
         if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
             signal.signal(signal.SIGTERM, self._on_sigterm)
+            if hasattr(os, "register_at_fork"):
+                os.register_at_fork(after_in_child=self._forget)
+        Waker().start()
         if sys.version_info >= (3, 12):
             warnings.filterwarnings("ignore", r"This process \(pid=\d+\) is multi-threaded", DeprecationWarning)
         self._detector.start()
@@ -269,6 +274,10 @@ class Session:
             self._finish()
         finally:
             signal.raise_signal(number)
+
+    def _forget(self) -> None:
+        if signal.getsignal(signal.SIGTERM) == self._on_sigterm:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def _finish(self) -> None:
         """Report, once, in the process that was started and in none that it forked."""

@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from .debug.record import Report
 
 THRESHOLD = 0.05
-_CLOCK = (time.perf_counter,)  # in a tuple, where those who patch the clocks of all modules do not find it
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -127,7 +126,6 @@ class _Watch:
     def __init__(self, limits: Limits) -> None:
         from .debug.slow import SlowCallbackDetector
 
-        self._began = _CLOCK[0]()
         self._detector = SlowCallbackDetector(
             threshold=limits.threshold, every_loop=True, log=False, allow=limits.allow
         ).start()
@@ -137,16 +135,12 @@ class _Watch:
         from .debug.summary import culprit, seconds, source_line, why
 
         report = self._detector.stop()
-        elapsed = _CLOCK[0]() - self._began
         result = _Result(report.verdict.value, [], [], report)  # plain, for it crosses between processes
         for stall in report.stalls:
             if stall.verdict == result.verdict != "pass":
                 line = source_line(stall.frame)
                 result.words.append(log_line(stall) + (f"\n    {line}" if line else ""))
                 result.brief.append(f"{seconds(stall.duration)} at {culprit(stall)}: {why(stall)}")
-        if result.verdict == "pass" and abs(report.duration - elapsed) > report.threshold + elapsed / 20:
-            words = f"the clock was patched: it says {report.duration:.3f} s where {elapsed:.3f} s went by"
-            return _Result("unmeasured", [words], [words], report)
         return result
 
 

@@ -19,7 +19,7 @@ FLOORS = [
     {"files", "verify"},
     {"merge"},
     {"net"},
-    {"cli_live", "cli_net", "pytest_plugin"},
+    {"cli_live", "cli_net", "cli_signals", "pytest_plugin"},
     {"cli_run"},
     {"cli"},
     {"__main__"},
@@ -84,8 +84,8 @@ def test_rooms_are_one_storey() -> None:
     ("word", "where"),
     [
         # The detector has a watchdog and a reporter, its live view a thread to draw on; `offload.run` is `asyncio.run`
-        # under a detector; a loop without a selector is sent a beat.
-        ("threading.Thread", {"loops/thread.py", "debug/watchdog.py", "cli_live.py"}),
+        # under a detector; a loop without a selector is sent a beat; `offload run` wakes the main thread for signals.
+        ("threading.Thread", {"loops/thread.py", "debug/watchdog.py", "cli_live.py", "cli_signals.py"}),
         ("asyncio.Runner", {"loops/thread.py", "debug/slow.py"}),
         ("asyncio.run", {"cli.py", "cli_net.py"}),
         ("run_coroutine_threadsafe", {"loops/mailbox.py"}),

@@ -401,6 +401,103 @@ def test_signal_from_outside_ends_it_and_is_reported(tmp_path: Path, number: int
     assert_reported(tmp_path)
 
 
+# One step in C: the signal comes behind Python's last look for signals, and before the wait.
+FALLS_ASLEEP = """
+    import collections, ctypes, functools, operator, signal, time
+    steps = functools.partial(ctypes.PyDLL(None)["raise"], {number}), functools.partial(time.sleep, 3600)
+    collections.deque(map(operator.call, steps), 0)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_that_comes_just_before_a_wait_ends_it(tmp_path: Path, number: int) -> None:
+    """Python would see it after the wait; the more threads ask for the GIL, the more often a signal comes then."""
+    script = write(tmp_path, textwrap.dedent(BLOCKS) + textwrap.dedent(FALLS_ASLEEP.format(number=number)))
+    found = done([*RUN, "--report", "report.json", script], tmp_path)
+    assert found.code == -number, found.err
+    assert_reported(tmp_path)
+
+
+@pytest.mark.slow
+def test_forked_child_has_its_signals_as_they_were(tmp_path: Path) -> None:
+    """SIGTERM and SIGURG have their defaults in it, and no byte for a signal of its goes to the parent."""
+    script = write(
+        tmp_path,
+        """
+        import os, signal, sys
+        from signal import SIG_DFL, SIGTERM, SIGURG, getsignal, set_wakeup_fd
+        def in_a_child(handler, fd):
+            if not os.fork():
+                as_before = getsignal(SIGTERM) is handler, getsignal(SIGURG) is handler, set_wakeup_fd(-1) == fd
+                os._exit(sum(as_before))
+            print(os.waitstatus_to_exitcode(os.wait()[1]))
+        in_a_child(SIG_DFL, -1)
+        fd = os.open("/dev/null", os.O_WRONLY | os.O_NONBLOCK)
+        set_wakeup_fd(fd)
+        signal.signal(SIGTERM, print)
+        signal.signal(SIGURG, print)
+        in_a_child(print, fd)
+        """,
+    )
+    assert done([*RUN, "-q", script], tmp_path) == (0, "3\n3\n", "")
+
+
+@pytest.mark.slow
+def test_program_that_closes_all_descriptors_writes_what_it_writes(tmp_path: Path) -> None:
+    """Its next files are not those that signals are told by; it ends by SIGTERM, reported."""
+    script = write(
+        tmp_path,
+        textwrap.dedent(BLOCKS)
+        + textwrap.dedent("""
+            import os, signal, time
+            os.closerange(3, 4096)
+            files = [open(f"{number}", "wb") for number in range(100)]
+            for file in files:
+                file.write(b"mine")
+            signal.signal(signal.SIGUSR1, lambda *_: None)
+            signal.raise_signal(signal.SIGUSR1)
+            for file in files:
+                file.close()
+            os.kill(os.getpid(), signal.SIGTERM)
+        """),
+    )
+    found = done([*RUN, "-q", "--report", "report.json", script], tmp_path)
+    assert found.code == -signal.SIGTERM, found.err
+    assert {path.read_bytes() for path in tmp_path.iterdir() if path.name.isdigit()} == {b"mine"}
+    assert_reported(tmp_path)
+
+
+@pytest.mark.slow
+def test_program_uses_the_signals_pipe_and_sigurg_itself(tmp_path: Path) -> None:
+    """What it sets is what it gets, as by python."""
+    script = write(
+        tmp_path,
+        """
+        import asyncio, os, signal, sys, time
+        seen = []
+        signal.signal(signal.SIGURG, lambda *_: seen.append("urgent"))
+        reads, writes = os.pipe()
+        os.set_blocking(writes, False)
+        signal.set_wakeup_fd(writes)
+        os.kill(os.getpid(), signal.SIGURG)
+        signal.signal(signal.SIGUSR1, lambda *_: seen.append("mine"))
+        os.kill(os.getpid(), signal.SIGUSR1)
+        print(seen, list(os.read(reads, 9)) == [signal.SIGURG, signal.SIGUSR1], signal.set_wakeup_fd(-1) == writes)
+
+        async def main():
+            loop = asyncio.get_running_loop()
+            ended = asyncio.Event()
+            loop.add_signal_handler(signal.SIGTERM, ended.set)
+            os.kill(os.getpid(), signal.SIGTERM)
+            await ended.wait()
+        asyncio.run(main())
+        print(seen)
+        """,
+    )
+    assert done([*RUN, "-q", script], tmp_path) == (0, "['urgent', 'mine'] True True\n['urgent', 'mine']\n", "")
+
+
 @pytest.mark.slow
 def test_own_sigterm_handler_is_kept(tmp_path: Path) -> None:
     """A program that handles SIGTERM goes on handling it; a forked child that does not dies of it, without a report."""

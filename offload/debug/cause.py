@@ -30,10 +30,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from .clocks import GC_SECONDS_A_BLOCK, Moment, Reading, is_debugger
-from .clocks import Machine as Machine
-from .clocks import Probe as Probe
-from .clocks import program as program
-from .clocks import traced as traced
 from .record import Cause, Frame, Numbers, Verdict
 
 # A thread that shares its processor with one other waits half of the time; that is no excuse for code that takes
@@ -53,7 +49,7 @@ class Sample(NamedTuple):
     others: Mapping[int, Frame] = {}  # innermost line of every other thread, by ident
     traced: bool = False  # as `traced` gave it
     call: str | None = None  # as `callee.called` gave it for the innermost frame, below which is a function in C
-    collecting: bool = False  # whether `program` took a frame away
+    collecting: bool = False  # whether `stack.program` took a frame away
 
 
 @dataclass(frozen=True, slots=True)

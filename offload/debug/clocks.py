@@ -225,7 +225,7 @@ class _GcTimer:
         self._began = 0.0
         gc.callbacks.append(self._seen)
 
-    # A look may find a thread here: see `program`.
+    # A look may find a thread here: see `stack.program`.
     def _seen(self, phase: str, info: Mapping[str, int]) -> None:
         if phase == "start":
             self._began = Clock.now()
@@ -298,23 +298,6 @@ def _attached() -> bool:
     if monitoring is not None and monitoring.get_tool(monitoring.DEBUGGER_ID) is not None:
         return True
     return is_debugger(getattr(threading.gettrace(), "__module__", "") or "")
-
-
-def program(frame: FrameType | None) -> FrameType | None:
-    """The innermost frame, or the one below a callback of the garbage collector, which is nobody's doing.
-
-    Before 3.12 objects that are made in C set off collections at once; their callbacks, ours too, are then where a call
-    in C gives up the GIL, and a thread is seen in them again and again.
-    """
-    callbacks = {getattr(callback, "__code__", None) for callback in gc.callbacks}
-    above = frame
-    for _ in range(3):
-        if above is None:
-            break
-        if above.f_code in callbacks:
-            return above.f_back
-        above = above.f_back
-    return frame
 
 
 def traced(frame: FrameType | None, most: int = 50) -> bool:

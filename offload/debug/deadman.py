@@ -54,12 +54,6 @@ class DeadMan:
             self._armed = True
             self._setter(timeout, file=self._file)
 
-    def rest(self) -> None:
-        """Do not write."""
-        if self._armed and self.usable:
-            self._canceller()
-        self._armed = False
-
     def read(self) -> dict[int, tuple[Frame, ...]]:
         """What was written since the last time: stacks by thread, outermost first."""
         if self._file is None:
@@ -74,7 +68,8 @@ class DeadMan:
 
     def close(self) -> None:
         """Give the timer back. Idempotent."""
-        self.rest()
+        if self._armed and self.usable:
+            self._canceller()
         self.usable = False
         for name, ours, theirs in (
             ("dump_traceback_later", self._taken, self._setter),

@@ -24,6 +24,7 @@ import asyncio.events
 import contextvars
 import dis
 import functools
+import gc
 import inspect
 import os
 import sysconfig
@@ -149,6 +150,23 @@ def _only_entered(frame: FrameType) -> bool:
     """
     code, at = frame.f_code.co_code, frame.f_lasti
     return 0 <= at < len(code) and code[at] == _RESUME and not code[at + 1] & 3  # else behind a yield or await
+
+
+def program(frame: FrameType) -> FrameType:
+    """The innermost frame, or the one below a callback of the garbage collector that is not the user's.
+
+    Before 3.12 objects that are made in C set off collections at once; such callbacks, ours too, are then where a call
+    in C gives up the GIL, and a thread is seen in them again and again.
+    """
+    callbacks = {code for c in gc.callbacks if (code := getattr(c, "__code__", None)) and not is_user(code.co_filename)}
+    above: FrameType | None = frame
+    for _ in range(3):
+        if above is None:
+            break
+        if above.f_code in callbacks:
+            return above.f_back or above
+        above = above.f_back
+    return frame
 
 
 def below_loop(stack: Sequence[Frame]) -> tuple[Frame, ...]:

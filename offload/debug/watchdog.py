@@ -89,6 +89,7 @@ class Watchdog:
         self._urgent = False  # it rang for a tick
         self._resting = False  # until a loop rings
         self._before: Moment | None = None  # of the last tick
+        self._first = threading.Lock()
 
     def begin(self) -> None:
         """Start the thread."""
@@ -102,8 +103,8 @@ class Watchdog:
 
     def wake(self) -> None:
         """Tick now; any thread. Never blocks."""
-        if self._thread is None:  # in a forked child, on the thread of the first loop
-            self.begin()
+        if self._thread is None:
+            self._begin_in_child()
             return
         self._rang = Clock.now()
         self._urgent = True
@@ -111,10 +112,15 @@ class Watchdog:
 
     def rouse(self) -> None:
         """A loop has woken: tick in time to see whether it is blocked. On its thread; never blocks."""
-        if self._thread is None:  # in a forked child
-            self.begin()
+        if self._thread is None:
+            self._begin_in_child()
         self._rang = Clock.now()
         self._ring()
+
+    def _begin_in_child(self) -> None:
+        """After a fork, on the thread of the first loop; never twice, though two may start at once."""
+        if self._first.acquire(blocking=False):
+            self.begin()
 
     def _ring(self) -> None:
         with contextlib.suppress(RuntimeError):  # it has been rung

@@ -22,11 +22,11 @@ from .advice import advise
 from .allow import Allowed, is_inside
 from .announce import Announced
 from .cause import Sample, Window, classify
-from .clocks import Moment, Probe, Reading, program, traced
+from .clocks import Moment, Probe, Reading, traced
 from .edge import Closed, Edge
 from .record import Cause, Frame, Kind, Stall, Verdict
 from .session import Session
-from .stack import Look, Who, below_loop, blamed, contributors, lines, look, named, running_task, stretches
+from .stack import Look, Who, below_loop, blamed, contributors, lines, look, named, program, running_task, stretches
 
 FAST = 0.005  # seconds between two looks
 DENSE = 64  # looks, after which each interval is twice the one before
@@ -211,7 +211,7 @@ class Watched:
     def _look(self, frame: FrameType, frames: Mapping[int, FrameType], now: float, ours: Container[int]) -> Look:
         edge = self.edge
         variables = self._settings.variables
-        theirs = program(frame) or frame
+        theirs = program(frame)
         seen = look(theirs, now, edge.loop, base=edge.base, jobs=self.jobs, variables=variables)
         seen.collecting = theirs is not frame
         seen.traced = traced(frame, len(seen.stack))

@@ -187,7 +187,7 @@ async def spins() -> None:
 
 async def test_a_loop_in_python(place: Any) -> None:
     """Computing in Python is told from waiting."""
-    stall: Stall = await place.stall_of(spins)
+    stall: Stall = await place.stall_of(spins, late=0.015)  # which is what a call in C looks like
     assert stall.frame is not None
     assert stall.frame.function == "spin"
     assert stall.cause is Cause.PYTHON
@@ -251,6 +251,24 @@ async def test_a_collection_that_was_asked_for(place: Any, line_of: LineOf) -> N
     del kept
 
 
+async def test_a_callback_of_the_collector_that_blocks(place: Any, line_of: LineOf) -> None:
+    """The user's own is blamed on its line; others', ours too, are passed over as nobody's doing."""
+
+    def called(phase: str, info: dict[str, int]) -> None:
+        if phase == "start":
+            time.sleep(BLOCK)  # here
+
+    async def sets_it_off() -> None:
+        gc.callbacks.append(called)
+        gc.collect()
+        gc.callbacks.remove(called)
+
+    stall: Stall = await place.stall_of(sets_it_off)
+    assert stall.frame is not None
+    assert (stall.frame.file, stall.frame.line) == (HERE, line_of(called))
+    assert stall.cause is Cause.WAIT
+
+
 @pytest.mark.skipif(not LINUX, reason="usleep of the C library")
 @pytest.mark.parametrize("holds", [True, False], ids=["GIL held", "GIL released"])
 async def test_a_foreign_function(place: Any, line_of: LineOf, holds: bool) -> None:
@@ -264,6 +282,23 @@ async def test_a_foreign_function(place: Any, line_of: LineOf, holds: bool) -> N
     assert stall.frame is not None
     assert (stall.frame.file, stall.frame.line) == (HERE, line_of(calls))
     assert (stall.samples <= 2) is holds
+
+
+@pytest.mark.skipif(not LINUX, reason="usleep of the C library")
+async def test_a_call_that_holds_the_gil_behind_a_long_sleep(line_of: LineOf) -> None:
+    """The watchdog slept as well: it is rung for, gets to run when the call is over, and looks at once."""
+    usleep = ctypes.PyDLL(None).usleep
+
+    async def calls() -> None:
+        await asyncio.sleep(0.3)
+        usleep(int(BLOCK * 1e6))  # here
+
+    async with offload.watch(log=False) as detector:
+        await calls()
+        await asyncio.sleep(0.03)
+    (stall,) = [stall for stall in detector.report().stalls if stall.duration >= BLOCK]
+    assert stall.frame is not None
+    assert (stall.frame.file, stall.frame.line) == (HERE, line_of(calls))
 
 
 async def test_an_operator_that_holds_the_gil_in_deep_mode(place: Any, line_of: LineOf) -> None:
@@ -330,7 +365,11 @@ async def test_calls_in_c_one_behind_the_other(line_of: LineOf) -> None:
         return [stall.frame.line for stall in detector.report().stalls if stall.duration > 0.1 and stall.frame]
 
     # A watchdog without a processor does not ask for the GIL in time, so on a busy machine one may be missing.
-    assert [line_of(calls, "# first"), line_of(calls, "# second")] * 5 in [await lines() for _ in range(5)]
+    both = [line_of(calls, "# first"), line_of(calls, "# second")] * 5
+    seen: list[list[int]] = []
+    while both not in seen and len(seen) < 5:
+        seen.append(await lines())
+    assert both in seen
 
 
 def fib(n: int) -> int:
@@ -346,6 +385,7 @@ async def test_a_function_that_is_only_entered_is_its_callers_line(place: Any, l
             fib(12)  # call
 
     stall: Stall = await place.stall_of(computes)
+    assert stall.samples > 3
     assert stall.frame is not None
     assert stall.frame.line in (line_of(fib, "# body"), line_of(computes, "# call"))
     seen = {frame.line for stack, _ in stall.stacks for frame in stack if frame.function == "fib"}
@@ -685,28 +725,15 @@ async def test_a_frozen_clock_makes_no_stall(frozen: Any) -> None:
 
 
 @pytest.mark.parametrize("frozen", FREEZERS, ids=["by hand", "freezegun"])
-async def test_a_stall_under_a_frozen_clock_is_unmeasured(frozen: Any) -> None:
-    """It is timed by clocks of our own, but not held against the program."""
-    sleep = time.sleep
-    with frozen():
-        async with offload.watch(log=False) as detector:
-            sleep(BLOCK)
-            await asyncio.sleep(0)
-            await asyncio.sleep(0)
+@pytest.mark.parametrize("order", ["clock first", "detector first"])
+async def test_a_stall_under_a_frozen_clock_is_unmeasured(frozen: Any, order: str) -> None:
+    """It is timed by clocks of our own, but not held against the program, whoever was there first."""
+    sleep, detector = time.sleep, offload.watch(log=False)
+    entered = [frozen(), detector] if order == "clock first" else [detector, frozen()]
+    with entered[0], entered[1]:
+        sleep(BLOCK)
         await asyncio.sleep(0)
-    (stall,) = [s for s in detector.report().stalls if s.duration >= BLOCK]
-    assert stall.verdict is Verdict.UNMEASURED
-
-
-async def test_a_clock_that_is_frozen_for_a_while() -> None:
-    """The same where the detector was there before, and is after."""
-    sleep = time.sleep
-    async with offload.watch(log=False) as detector:
-        with replaced_clocks():
-            sleep(BLOCK)
-            await asyncio.sleep(0)
-            await asyncio.sleep(0)
-        await asyncio.sleep(0.03)
+        await asyncio.sleep(0)
     (stall,) = [s for s in detector.report().stalls if s.duration >= BLOCK]
     assert stall.verdict is Verdict.UNMEASURED
 

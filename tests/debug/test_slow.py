@@ -15,16 +15,20 @@ import pytest
 
 import offload
 from offload.debug import deadman
-from offload.debug.edge import POINTS, Timeline
+from offload.debug.allow import Allowed
+from offload.debug.clocks import Clock, Machine
+from offload.debug.edge import POINTS, Timeline, make_edge
 from offload.debug.record import Cause, Frame, Kind, LoopRecord, Stall, Verdict
 from offload.debug.session import MINUTE, Logbook, Session
 from offload.debug.stack import Look, Who, blamed, contributors, is_user, stretches
+from offload.debug.watchdog import current_frames
+from offload.debug.watched import Settings, Watched
 
 BLOCK = 0.15
 
 
 def block() -> None:
-    time.sleep(BLOCK)
+    time.sleep(BLOCK)  # which is what blocks a loop
 
 
 def long(detector: offload.SlowCallbackDetector) -> list[Stall]:
@@ -40,7 +44,7 @@ async def test_every_turn_is_counted() -> None:
         for _ in range(200):
             await asyncio.sleep(0)
         block()
-        await asyncio.sleep(0.02)
+        await asyncio.sleep(0.02)  # a turn ends where the next begins
     (record,) = detector.report().loops
     assert record.iterations >= 200
     assert sum(record.histogram) >= record.iterations
@@ -63,10 +67,39 @@ async def test_a_report_while_it_runs_has_the_stall_so_far() -> None:
     """Whoever looks before the end sees what is known."""
     async with offload.watch(log=False) as detector:
         block()
-        await asyncio.sleep(0.03)
+        await asyncio.sleep(0.03)  # over half the threshold: a tick
         (early,) = long(detector)
     assert long(detector) == [early]
     assert detector.report().verdict is Verdict.FAIL
+
+
+async def test_a_stall_that_ends_while_the_watchdog_ticks_is_told_at_the_next() -> None:
+    """The clocks were read before its end, so its cause is not known yet."""
+    loop: Any = asyncio.get_running_loop()
+    told: list[bool] = []
+    settings = Settings(0.02, 1.0, Allowed(()), ())
+    edge = make_edge(loop, "main", 0.02, Clock.now(), wake=lambda: None, begins=Clock.now())
+    watched = Watched(edge, settings, Session(0.02), lambda stall: told.append(stall.ongoing))
+    machine = Machine()
+
+    def tick(meanwhile: Callable[[], object] = int) -> None:
+        now = Clock.now()
+        watched.look(current_frames(), now, ())
+        watched.read(machine.read(now, 0.0), None, 1.0)
+        meanwhile()
+        watched.tell(now, current_frames(), ())
+
+    try:
+        tick()
+        time.sleep(0.03)  # a stall  # noqa: ASYNC251
+        tick(meanwhile=lambda: loop._selector.select(0))  # where it ends
+        assert told == [True]
+        tick()
+        assert told == [True, False]
+    finally:
+        edge.unhook()
+        watched.forget()
+        machine.close()
 
 
 def test_a_timeline_never_grows_beyond_its_points() -> None:
