@@ -26,7 +26,6 @@ import threading
 import time
 from types import FrameType
 
-HIGH = 500  # at least, for a descriptor that the program may close with all others, and not open again by chance
 LONGEST = 1.0  # seconds between two interruptions
 
 
@@ -41,8 +40,7 @@ class Waker:
         """Begin; for the life of the process. Nothing happens where signals cannot be sent to a thread (Windows)."""
         if not hasattr(signal, "pthread_kill") or signal.getsignal(signal.SIGURG) is not signal.SIG_DFL:
             return
-        self._reads, low = os.pipe()
-        self._writes = _high(low)
+        self._reads, self._writes = os.pipe()
         os.set_blocking(self._writes, False)
         signal.set_wakeup_fd(self._writes, warn_on_full_buffer=False)
         signal.signal(signal.SIGURG, self._on_woken)
@@ -77,15 +75,3 @@ class Waker:
         for fd in (self._reads, self._writes):
             with contextlib.suppress(OSError):
                 os.close(fd)
-
-
-def _high(fd: int) -> int:
-    """The same with a higher number, if the limit of descriptors allows."""
-    import fcntl
-
-    try:
-        high = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, HIGH)
-    except OSError:
-        return fd
-    os.close(fd)
-    return high

@@ -444,31 +444,6 @@ def test_forked_child_has_its_signals_as_they_were(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_program_that_closes_all_descriptors_writes_what_it_writes(tmp_path: Path) -> None:
-    """Its next files are not those that signals are told by; it ends by SIGTERM, reported."""
-    script = write(
-        tmp_path,
-        textwrap.dedent(BLOCKS)
-        + textwrap.dedent("""
-            import os, signal, time
-            os.closerange(3, 4096)
-            files = [open(f"{number}", "wb") for number in range(100)]
-            for file in files:
-                file.write(b"mine")
-            signal.signal(signal.SIGUSR1, lambda *_: None)
-            signal.raise_signal(signal.SIGUSR1)
-            for file in files:
-                file.close()
-            os.kill(os.getpid(), signal.SIGTERM)
-        """),
-    )
-    found = done([*RUN, "-q", "--report", "report.json", script], tmp_path)
-    assert found.code == -signal.SIGTERM, found.err
-    assert {path.read_bytes() for path in tmp_path.iterdir() if path.name.isdigit()} == {b"mine"}
-    assert_reported(tmp_path)
-
-
-@pytest.mark.slow
 def test_program_uses_the_signals_pipe_and_sigurg_itself(tmp_path: Path) -> None:
     """What it sets is what it gets, as by python."""
     script = write(

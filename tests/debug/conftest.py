@@ -109,11 +109,13 @@ class Place:
     Attributes:
         loop: what reports call it.
         error: seconds that a duration may be off, in a quiet machine.
+        starved: seconds for which our threads had no processor when it was blocked last.
     """
 
     def __init__(self, loop: str, thread: offload.LoopThread | None, error: float) -> None:
         self.loop = loop
         self.error = error
+        self.starved = 0.0
         self._thread = thread
 
     async def run(self, function: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
@@ -132,12 +134,12 @@ class Place:
         for _ in range(TRIES):
             async with offload.watch(log=False, **options) as detector:
                 await asyncio.sleep(0.03)
-                starved = seconds_starved()
+                before = seconds_starved()
                 await self.run(function)
-                starved = seconds_starved() - starved
+                self.starved = seconds_starved() - before
                 await asyncio.sleep(0.03)
             stalls = [stall for stall in detector.report().stalls if stall.loop == self.loop]
-            if not stalls and self.loop != "main" and starved > STARVED:
+            if not stalls and self.loop != "main" and self.starved > STARVED:
                 continue  # such a loop is told by looks, and the watchdog had none
             assert stalls, "nothing was found"
             longest = max(stalls, key=lambda stall: stall.duration)

@@ -311,9 +311,13 @@ async def test_an_operator_that_holds_the_gil_in_deep_mode(place: Any, line_of: 
         _ = -1 in huge or -2 in huge or -3 in huge  # here
         await asyncio.sleep(0)
 
-    stall: Stall = await place.stall_of(searches, deep=True)
-    assert stall.frame is not None
-    assert (stall.frame.file, stall.frame.line) == (HERE, line_of(searches))
+    for _ in range(5):
+        stall: Stall = await place.stall_of(searches, deep=True)
+        assert stall.frame is not None
+        if (stall.frame.file, stall.frame.line) == (HERE, line_of(searches)):
+            return
+        assert place.starved > 0.01, stall.frame  # the timer's thread needs no GIL, but a processor
+    pytest.skip("the machine was too busy to tell")
 
 
 async def test_another_thread_that_holds_the_gil(place: Any) -> None:
