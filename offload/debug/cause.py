@@ -201,7 +201,8 @@ class _Share:
             if one.cpu >= (one.seconds - one.runqueue) / 2:
                 # What computes in Python gives up the GIL when asked; not while it has no processor, but then nor does
                 # it compute.
-                if min(one.kept, one.cpu - max(0.0, one.seconds - one.late)) > 1.5 * switch:
+                kept = one.late if _refused(one, switch) else one.kept
+                if min(kept, one.cpu - max(0.0, one.seconds - one.late)) > 1.5 * switch:
                     self.held += one.cpu
                 elif not contended and one.whole:
                     self.free += one.cpu
@@ -248,6 +249,11 @@ def _nobody_ran(one: _Stretch, switch: float) -> bool:
     if one.process - (one.cpu or 0.0) >= 0.5 * one.kept:
         return False
     return one.polled is None or not _asked(one.polled, one.kept, switch)
+
+
+def _refused(one: _Stretch, switch: float) -> bool:
+    """Whether the watchdog asked for the GIL again and again, though it had to wait for a processor each time."""
+    return one.polled is not None and one.polled >= max(5.0, 0.5 * one.late / switch)
 
 
 def _asked(slices: int | None, waited: float, switch: float) -> bool:

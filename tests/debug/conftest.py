@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import faulthandler
+import functools
 import gc
 import inspect
 import os
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -20,8 +22,10 @@ from offload.debug.record import Stall, Verdict
 
 FOLDER = Path("/proc/self/fd")
 HANG = float(os.environ.get("OFFLOAD_TEST_HANG", "60")) + float(os.environ.get("OFFLOAD_TEST_STARVED", "0"))
+HERE = Path(__file__).parent
+TIMED = ("test_scenarios.py", "test_cause.py")  # what their tests look at takes time, and so does looking
 TRIES = 5
-STARVED = 0.01  # seconds in all, above which the watchdog may have missed what lasts 0.15
+BUSY = 0.2  # of all processors' time, from which on others are in the way
 
 
 def give_up(config: pytest.Config, test: str) -> None:
@@ -92,15 +96,62 @@ def line_of_fixture() -> Callable[..., int]:
     return line_of
 
 
-def seconds_starved() -> float:
-    """For which the threads that there are waited for a processor so far, or a host had taken it away; Linux only."""
-    total = 0.0
-    with suppress(OSError):
-        for path in Path("/proc/self/task").iterdir():
-            with suppress(OSError):  # it has ended
-                total += int((path / "schedstat").read_text().split()[1]) / 1e9
-        total += int(Path("/proc/stat").read_text().split(maxsplit=9)[8]) / os.sysconf("SC_CLK_TCK")
-    return total
+class Others:
+    """Who else uses the processors, from now on; Linux only."""
+
+    def __init__(self) -> None:
+        self._began = self._read()
+
+    def share(self) -> float:
+        """Of all processors' time, what went to other processes, or was taken away by the machine's host."""
+        (at, used, own), (now, used_now, own_now) = self._began, self._read()
+        return max(0.0, used_now - used - (own_now - own)) / ((now - at) * (os.cpu_count() or 1))
+
+    def _read(self) -> tuple[float, float, float]:
+        used = 0.0
+        with suppress(OSError):
+            # user nice system idle iowait irq softirq steal
+            fields = [int(word) for word in Path("/proc/stat").read_text().split(maxsplit=9)[1:9]]
+            used = (sum(fields) - fields[3] - fields[4]) / os.sysconf("SC_CLK_TCK")
+        return time.perf_counter(), used, sum(os.times()[:4])
+
+
+def tried_again(test: Callable[..., Any]) -> Callable[..., Any]:
+    """The test, tried again if it fails while others use the processors.
+
+    What is told of a stall is then told by a watchdog that did not get to run when it should have: it may have come too
+    late to see who held the GIL, which the README says. With the processors to itself the first failure counts.
+    """
+
+    @functools.wraps(test)
+    def plain(**kwargs: Any) -> None:
+        for last in (*[False] * (TRIES - 1), True):
+            others = Others()
+            try:
+                test(**kwargs)
+                break
+            except AssertionError:
+                if last or others.share() < BUSY:
+                    raise
+
+    @functools.wraps(test)
+    async def on_loop(**kwargs: Any) -> None:
+        for last in (*[False] * (TRIES - 1), True):
+            others = Others()
+            try:
+                await test(**kwargs)
+                break
+            except AssertionError:
+                if last or others.share() < BUSY:
+                    raise
+
+    return on_loop if inspect.iscoroutinefunction(test) else plain
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if isinstance(item, pytest.Function) and item.path.parent == HERE and item.path.name in TIMED:
+            item.obj = tried_again(item.obj)
 
 
 class Place:
@@ -109,43 +160,31 @@ class Place:
     Attributes:
         loop: what reports call it.
         error: seconds that a duration may be off, in a quiet machine.
-        starved: seconds for which our threads had no processor when it was blocked last.
     """
 
     def __init__(self, loop: str, thread: offload.LoopThread | None, error: float) -> None:
         self.loop = loop
         self.error = error
-        self.starved = 0.0
         self._thread = thread
 
     async def run(self, function: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
         """Run a coroutine function there."""
         return await (function() if self._thread is None else self._thread.run(function))
 
-    async def stall_of(
-        self, function: Callable[[], Coroutine[Any, Any, Any]], *, late: float | None = None, **options: Any
-    ) -> Stall:
-        """The longest stall that it makes there. Again, if the machine was too busy to tell whose fault it was.
-
-        Args:
-            late: seconds by which the watchdog may have been late, where it should not be.
-        """
+    async def stall_of(self, function: Callable[[], Coroutine[Any, Any, Any]], **options: Any) -> Stall:
+        """The longest stall that it makes there. Again, if the machine was too busy to tell whose fault it was."""
         longest: Stall | None = None
         for _ in range(TRIES):
             async with offload.watch(log=False, **options) as detector:
                 await asyncio.sleep(0.03)
-                before = seconds_starved()
                 await self.run(function)
-                self.starved = seconds_starved() - before
                 await asyncio.sleep(0.03)
             stalls = [stall for stall in detector.report().stalls if stall.loop == self.loop]
-            if not stalls and self.loop != "main" and self.starved > STARVED:
-                continue  # such a loop is told by looks, and the watchdog had none
             assert stalls, "nothing was found"
             longest = max(stalls, key=lambda stall: stall.duration)
-            if longest.verdict is not Verdict.UNMEASURED and (late is None or (longest.numbers.late or 0.0) < late):
+            if longest.verdict is not Verdict.UNMEASURED:
                 return longest
-        pytest.skip(f"the machine was too busy to tell: {longest and (longest.cause, longest.numbers)}")
+        pytest.skip(f"the machine was too busy to tell: {longest}")
 
 
 @pytest.fixture(params=["main", "resource", "uvloop"])

@@ -187,7 +187,7 @@ async def spins() -> None:
 
 async def test_a_loop_in_python(place: Any) -> None:
     """Computing in Python is told from waiting."""
-    stall: Stall = await place.stall_of(spins, late=0.015)  # which is what a call in C looks like
+    stall: Stall = await place.stall_of(spins)
     assert stall.frame is not None
     assert stall.frame.function == "spin"
     assert stall.cause is Cause.PYTHON
@@ -311,13 +311,9 @@ async def test_an_operator_that_holds_the_gil_in_deep_mode(place: Any, line_of: 
         _ = -1 in huge or -2 in huge or -3 in huge  # here
         await asyncio.sleep(0)
 
-    for _ in range(5):
-        stall: Stall = await place.stall_of(searches, deep=True)
-        assert stall.frame is not None
-        if (stall.frame.file, stall.frame.line) == (HERE, line_of(searches)):
-            return
-        assert place.starved > 0.01, stall.frame  # the timer's thread needs no GIL, but a processor
-    pytest.skip("the machine was too busy to tell")
+    stall: Stall = await place.stall_of(searches, deep=True)
+    assert stall.frame is not None
+    assert (stall.frame.file, stall.frame.line) == (HERE, line_of(searches))
 
 
 async def test_another_thread_that_holds_the_gil(place: Any) -> None:
@@ -368,7 +364,7 @@ async def test_calls_in_c_one_behind_the_other(line_of: LineOf) -> None:
             await asyncio.sleep(0.03)
         return [stall.frame.line for stall in detector.report().stalls if stall.duration > 0.1 and stall.frame]
 
-    # A watchdog without a processor does not ask for the GIL in time, so on a busy machine one may be missing.
+    # One in fifty is missed: a processor that wakes from its sleep is late, too. Without `Overtaken` it is one in four.
     both = [line_of(calls, "# first"), line_of(calls, "# second")] * 5
     seen: list[list[int]] = []
     while both not in seen and len(seen) < 5:
