@@ -45,7 +45,7 @@ class Sample(NamedTuple):
 
     at: float  # perf_counter, of the moment its frames were taken
     stack: Sequence[Frame] = ()  # outermost first
-    syscall: str | None = None  # as `Probe.syscall` gave it, None if the stall had ended by then
+    syscall: str | None = None  # as `Probe.syscall` gave it; None if the stall had ended by then
     others: Mapping[int, Frame] = {}  # innermost line of every other thread, by ident
     traced: bool = False  # as `traced` gave it
     call: str | None = None  # as `callee.called` gave it for the innermost frame, below which is a function in C
@@ -98,7 +98,8 @@ def classify(window: Window) -> Diagnosis:
     numbers = share.numbers(moments, duration)
 
     def diagnosis(cause: Cause, syscall: str | None = None, holder: Frame | None = None) -> Diagnosis:
-        fair = cause.by_code and not any(m.attached or m.patched for m in moments)
+        known = not stretches or sum(one.seconds for one in stretches) >= duration / 2
+        fair = cause.by_code and known and not any(m.attached or m.patched for m in moments)
         return Diagnosis(cause, numbers, syscall, holder, Verdict.FAIL if fair else Verdict.UNMEASURED)
 
     def excuses(part: float) -> bool:
@@ -121,7 +122,7 @@ def classify(window: Window) -> Diagnosis:
     if largest == share.gil:
         return diagnosis(Cause.GIL, holder=_holder(_cpu_of_others(window), samples))
     if largest == share.wait:
-        return diagnosis(*_waiting(syscall))
+        return diagnosis(*(_waiting(syscall) if syscall or not _was_ready(window, share) else (Cause.DESCHEDULED,)))
     in_c = share.held + share.free >= share.cpu / 2 or _in_one_call(samples, window.ended)
     return diagnosis(Cause.C if in_c else Cause.PYTHON)
 
@@ -189,6 +190,7 @@ class _Share:
         self.runqueue = sum(one.runqueue for one in stretches)
         self.process = sum(one.process for one in stretches)
         self.late = max((one.late for one in stretches), default=0.0)
+        self.starved = sum(one.late - one.kept for one in stretches)  # the watchdog
         self.stopped = self.gil = self.wait = self.gc = 0.0
         self.held = self.free = 0.0  # of the thread's CPU: in C, the GIL held or released
         futex: list[_Stretch] = []  # in these it waited for the GIL, or slept while others fought for it
@@ -206,7 +208,12 @@ class _Share:
                     self.held += one.cpu
                 elif not contended and one.whole:
                     self.free += one.cpu
-            if one.kept > 2 * switch and _nobody_ran(one, switch):
+            if _wants_the_gil_of_one_without_a_processor(one, switch):
+                if one.process - one.cpu >= 0.5 * one.blocked:
+                    self.gil += one.blocked
+                else:  # it is the watchdog's
+                    self.runqueue += one.blocked
+            elif one.kept > 2 * switch and _nobody_ran(one, switch):
                 self.stopped += min(one.blocked, one.kept)
                 self.wait += max(0.0, one.blocked - one.kept)
             elif contended:
@@ -249,6 +256,13 @@ def _nobody_ran(one: _Stretch, switch: float) -> bool:
     if one.process - (one.cpu or 0.0) >= 0.5 * one.kept:
         return False
     return one.polled is None or not _asked(one.polled, one.kept, switch)
+
+
+def _wants_the_gil_of_one_without_a_processor(one: _Stretch, switch: float) -> bool:
+    """Whether it asked for the GIL all the time while the watchdog was ready to run, and did not: so long it may keep
+    the GIL itself. What sleeps in a system call meanwhile does not ask."""
+    starved = one.late - one.kept
+    return starved >= one.blocked / 2 > switch and one.slices is not None and _asked(one.slices, one.blocked, switch)
 
 
 def _refused(one: _Stretch, switch: float) -> bool:
@@ -311,6 +325,18 @@ def _guess(share: _Share, syscall: str | None, duration: float, *, known: bool) 
     if share.process < duration / 2:
         return Cause.WAIT, None
     return (Cause.C if share.held >= duration / 2 else Cause.PYTHON), None
+
+
+def _was_ready(window: Window, share: _Share) -> bool:
+    """Whether it had no processor, though the kernel did not count that, or has not yet, as it does when it is over.
+
+    It was seen, and in no system call. A busy machine's doing only if there are other signs of one: what makes many
+    short waits may be seen between two of them.
+    """
+    if not any(s.syscall == "" for s in window.samples if s.at <= window.ended):
+        return False
+    lasts = window.readings[-1].moment.at <= window.ended
+    return lasts or share.runqueue > SHORTEST or share.starved > SHORTEST
 
 
 def _waiting(syscall: str | None) -> tuple[Cause, str | None]:

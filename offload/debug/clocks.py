@@ -177,7 +177,7 @@ class Probe:
         return Reading(moment, cpu, runqueue, slices)
 
     def syscall(self, patience: float = math.inf) -> str | None:
-        """The system call that the thread waits in now: "fsync(7)", "futex"; None: it runs, or it is not told.
+        """The system call that the thread waits in now: "fsync(7)", "futex"; "": in none; None: it is not told.
 
         Takes 2 µs. It is of this moment, not of the sample's: ask whether the stall still lasts after this returned.
         """
@@ -187,8 +187,8 @@ class Probe:
         words = text.split()
         if words[:1] == [b"-1"]:
             return "page fault"  # it waits, but in no system call
-        if len(words) < 2:  # "running"
-            return None
+        if len(words) < 2:  # "running": it has a processor, or is ready to
+            return ""
         name, has_descriptor = _NAMES.get(int(words[0]), (f"syscall {words[0].decode()}", False))
         return f"{name}({int(words[1], 16) & 0xFFFFFFFF})" if has_descriptor else name
 

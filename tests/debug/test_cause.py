@@ -605,6 +605,25 @@ def test_lateness_of_the_watchdog_tells_what_computes(tick: float, late: float, 
     assert found.numbers.cpu == pytest.approx(0.12)
 
 
+@pytest.mark.parametrize(
+    ("slices", "others", "cause"),
+    [
+        (16, 0.005, Cause.DESCHEDULED),  # nobody ran who could have it, but the watchdog, which was not let run
+        (16, 0.070, Cause.GIL),
+        (2, 0.005, Cause.WAIT),
+    ],
+)
+def test_gil_kept_by_a_watchdog_without_a_processor_is_the_machines_doing(
+    slices: int, others: float, cause: Cause
+) -> None:
+    """A thread that wants it is not blamed for that; one that sleeps is, whatever the watchdog had to wait for."""
+    readings = [
+        Reading(Moment(1.0, 0.0, 0.0, 0.0, 0), 0.0, 0.0, 0),
+        Reading(Moment(1.1, 0.078, 0.002 + others, 0.078, 3), 0.002, 0.015, slices),
+    ]
+    assert classify(Window(1.0, 1.1, 0.05, readings)).cause is cause
+
+
 @pytest.mark.parametrize(("slices", "cause"), [(19, Cause.C), (3, Cause.PYTHON)])
 def test_watchdog_without_a_processor_knows_by_how_often_it_asked_for_the_gil(slices: int, cause: Cause) -> None:
     """Code in Python gives it up at the first request, a call in C that holds it at none."""
@@ -647,6 +666,35 @@ def test_own_computing_is_excused_by_a_starved_machine_up_to_twice_the_threshold
     found = classify(Window(1.0, 1.0 + last, 0.05, readings))
     assert found.cause is cause
     assert found.verdict is (Verdict.UNMEASURED if cause is Cause.DESCHEDULED else Verdict.FAIL)
+
+
+@pytest.mark.parametrize(
+    ("syscall", "last", "runqueue", "cause"),
+    [
+        ("", 1.06, 0.0, Cause.DESCHEDULED),  # it lasts: the kernel counts the wait for a processor when it is over
+        ("", 1.12, 0.02, Cause.DESCHEDULED),
+        ("", 1.12, 0.0, Cause.WAIT),  # on a quiet machine it was seen between two waits
+        ("fsync(3)", 1.06, 0.0, Cause.WAIT),
+        (None, 1.06, 0.0, Cause.WAIT),
+    ],
+)
+def test_thread_that_is_ready_to_run_does_not_wait(
+    syscall: str | None, last: float, runqueue: float, cause: Cause
+) -> None:
+    """Off the processors and in no system call, on a busy machine: it had none."""
+    readings = [
+        Reading(Moment(0.9, 0.0, 0.0, 0.0, 0), 0.0, 0.0, 0),
+        Reading(Moment(last, 0.0, 0.002, 0.0, 4), 0.001, runqueue, 1),
+    ]
+    found = classify(Window(1.0, 1.06, 0.03, readings, [Sample(1.05, (USER,), syscall)]))
+    assert (found.cause, found.syscall) == (cause, syscall or None)
+
+
+def test_stall_of_which_less_than_half_was_measured_is_unmeasured() -> None:
+    """Its cause is a guess then."""
+    readings = [reading(0.9, cpu=0.0), reading(1.02, cpu=0.02)]
+    assert classify(Window(1.0, 1.03, 0.02, readings)).verdict is Verdict.FAIL
+    assert classify(Window(1.0, 1.1, 0.05, readings)).verdict is Verdict.UNMEASURED
 
 
 def test_collection_on_the_watchdogs_own_thread_is_no_stop() -> None:
