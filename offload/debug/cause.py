@@ -122,7 +122,9 @@ def classify(window: Window) -> Diagnosis:
     if largest == share.gil:
         return diagnosis(Cause.GIL, holder=_holder(_cpu_of_others(window), samples))
     if largest == share.wait:
-        return diagnosis(*(_waiting(syscall) if syscall or not _was_ready(window, share) else (Cause.DESCHEDULED,)))
+        if syscall is None and _was_ready(window, share):
+            return diagnosis(Cause.DESCHEDULED)
+        return diagnosis(*_waiting(syscall))
     in_c = share.held + share.free >= share.cpu / 2 or _in_one_call(samples, window.ended)
     return diagnosis(Cause.C if in_c else Cause.PYTHON)
 
