@@ -427,20 +427,20 @@ def test_forked_child_has_its_signals_as_they_were(tmp_path: Path) -> None:
         """
         import os, signal, sys
         from signal import SIG_DFL, SIGTERM, SIGURG, getsignal, set_wakeup_fd
-        def in_a_child(handler, fd):
+        def in_a_child(handler, *fds):
             if not os.fork():
-                as_before = getsignal(SIGTERM) is handler, getsignal(SIGURG) is handler, set_wakeup_fd(-1) == fd
-                os._exit(sum(as_before))
+                ours = getsignal(SIGTERM) is not handler, getsignal(SIGURG) is not handler
+                os._exit(sum(ours) + 4 * (set_wakeup_fd(-1) not in fds))
             print(os.waitstatus_to_exitcode(os.wait()[1]))
         in_a_child(SIG_DFL, -1)
         fd = os.open("/dev/null", os.O_WRONLY | os.O_NONBLOCK)
         set_wakeup_fd(fd)
         signal.signal(SIGTERM, print)
         signal.signal(SIGURG, print)
-        in_a_child(print, fd)
+        in_a_child(print, fd, -1)  # asyncio takes it away, too, from 3.12 on
         """,
     )
-    assert done([*RUN, "-q", script], tmp_path) == (0, "3\n3\n", "")
+    assert done([*RUN, "-q", script], tmp_path) == (0, "0\n0\n", "")
 
 
 @pytest.mark.slow
