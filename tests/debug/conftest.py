@@ -23,7 +23,8 @@ from offload.debug.record import Stall, Verdict
 FOLDER = Path("/proc/self/fd")
 HANG = float(os.environ.get("OFFLOAD_TEST_HANG", "60")) + float(os.environ.get("OFFLOAD_TEST_STARVED", "0"))
 HERE = Path(__file__).parent
-TIMED = ("test_scenarios.py", "test_cause.py")  # what their tests look at takes time, and so does looking
+# What their tests look at takes time, and so does looking.
+TIMED = ("test_scenarios.py", "test_cause.py", "test_slow.py", "test_lifecycle.py")
 TRIES = 5
 BUSY = 0.2  # of all processors' time, from which on others are in the way
 

@@ -295,7 +295,7 @@ async def test_an_on_stall_that_raises_is_logged(caplog: pytest.LogCaptureFixtur
         for _ in range(2):
             block()
             await asyncio.sleep(0.03)
-    assert len(seen) == 4
+    assert sum(not stall.ongoing and stall.duration >= BLOCK for stall in seen) == 2
     assert {r.exc_info[1].args for r in caplog.records if r.exc_info and r.exc_info[1]} == {("mine",)}
 
 
