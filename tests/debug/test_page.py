@@ -182,6 +182,12 @@ class Browser:
     def run(self, script: str, *arguments: Any) -> Any:
         return self.driver.execute_script(script, *arguments)
 
+    def until(self, script: str) -> None:
+        """Wait until the script returns what is true; TimeoutException if it never does."""
+        from selenium.webdriver.support.wait import WebDriverWait
+
+        WebDriverWait(self.driver, 30).until(lambda driver: driver.execute_script(script))
+
     def settle(self) -> None:
         """Let the page hear of its size and of scrolling, as it does once a frame."""
         self.driver.execute_async_script("requestAnimationFrame(() => requestAnimationFrame(arguments[0]))")
@@ -310,7 +316,7 @@ def test_details_open_and_close(browser: Browser, pages: dict[str, Path]) -> Non
     assert f"Stall {number + 1 if number < 12 else number - 1}" in browser.text("#detail-title")
     browser.press("#close", Keys.ESCAPE)
     assert not browser.run("return document.getElementById('detail').open")
-    assert browser.run("return location.hash") == ""
+    browser.until("return location.hash === ''")  # a dialog tells that it was closed a little later
     assert browser.complaints() == []
 
 
