@@ -25,6 +25,7 @@ import asyncio
 import sys
 import threading
 import weakref
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -82,7 +83,7 @@ class Timeline:
         return tuple(self._points)
 
 
-class Edge:
+class Edge(ABC):
     """One watched loop: what both kinds share.
 
     Attributes:
@@ -155,13 +156,13 @@ class Edge:
         since = self.peek()
         return Clock.now() - since if since else 0.0
 
+    @abstractmethod
     def peek(self) -> float:
         """When the present busy stretch began, by the detector's clock; 0.0: the loop is idle."""
-        raise NotImplementedError
 
+    @abstractmethod
     def totals(self) -> tuple[int, float]:
         """Turns and busy seconds so far."""
-        raise NotImplementedError
 
     def histogram(self) -> tuple[int, ...]:
         return ()

@@ -18,7 +18,11 @@ import pytest
 
 import offload
 from offload.debug import watchdog as watchdog_module
+from offload.debug.allow import Allowed
 from offload.debug.record import Stall, Verdict
+from offload.debug.session import Session
+from offload.debug.watchdog import Watchdog
+from offload.debug.watched import Settings
 
 BLOCK = 0.15
 
@@ -456,6 +460,30 @@ def test_a_fork_amid_starts_and_stops() -> None:
     """Nothing is raised, no thread is left here or in the child, and that can start a detector of its own."""
     result = run(FORK_AMID_STARTS)
     assert (result.returncode, result.stdout, result.stderr) == (0, "['MainThread']\n", "")
+
+
+def test_two_loops_that_start_at_once_in_a_forked_child_begin_one_watchdog() -> None:
+    """There no thread of ours runs until a loop does, and two threads may find that at the same time."""
+    within, go_on = threading.Event(), threading.Event()
+    begun = []
+
+    class Slow(Watchdog):
+        def begin(self) -> None:
+            begun.append(threading.current_thread())
+            within.set()
+            go_on.wait(10.0)
+            super().begin()
+
+    watchdog = Slow({}, Settings(0.05, 1.0, Allowed(()), ()), Session(0.05), None)
+    first = threading.Thread(target=watchdog.rouse)
+    first.start()
+    within.wait(10.0)
+    watchdog.rouse()
+    watchdog.wake()
+    go_on.set()
+    first.join()
+    watchdog.stop()
+    assert begun == [first]
 
 
 @pytest.mark.parametrize("deep", [False, True])
