@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .files.packet_stream import PacketReader as PacketReader
     from .files.packet_stream import PacketWriter as PacketWriter
     from .files.rotation import Rotation as Rotation
+    from .files.segments import Segments as Segments
     from .files.sink import FileSink as FileSink
     from .files.sink import SinkStats as SinkStats
     from .loops.call import Call as Call
@@ -39,8 +40,14 @@ if TYPE_CHECKING:
     from .loops.service import Service as Service
     from .loops.service import method as method
     from .loops.thread import LoopThread as LoopThread
+    from .merge.by_time import ByTime as ByTime
+    from .merge.embedded import EmbeddedMerge as EmbeddedMerge
+    from .merge.embedded import EmbeddedMerge as merge
     from .merge.engine import Merge as Merge
+    from .merge.progress import Progress as Progress
     from .merge.sources import Sources as Sources
+    from .merge.tailing import Batch as Batch
+    from .merge.tailing import tail as tail
     from .net.auth import client_context as client_context
     from .net.auth import server_context as server_context
     from .net.client import Send as Send
@@ -83,11 +90,18 @@ _WHERE = {
     "PacketReader": "files.packet_stream",
     "PacketWriter": "files.packet_stream",
     "Rotation": "files.rotation",
+    "Segments": "files.segments",
     "SinkStats": "files.sink",
     "open": "files.aio",
     # merge
+    "Batch": "merge.tailing",
+    "EmbeddedMerge": "merge.embedded",
+    "ByTime": "merge.by_time",
     "Merge": "merge.engine",
+    "Progress": "merge.progress",
     "Sources": "merge.sources",
+    "merge": "merge",
+    "tail": "merge.tailing",
     # packets
     "Framer": "packets.framer",
     "LineFramer": "packets.framing",
@@ -123,8 +137,10 @@ _WHERE = {
 }
 
 __all__ = [
+    "Batch",
     "BrokenResourceError",
     "BusyResourceError",
+    "ByTime",
     "Call",
     "CallState",
     "Calls",
@@ -133,6 +149,7 @@ __all__ = [
     "Connection",
     "DeadlockError",
     "Digest",
+    "EmbeddedMerge",
     "Fanout",
     "FileSink",
     "ForkedError",
@@ -152,9 +169,11 @@ __all__ = [
     "PacketTooLargeError",
     "PacketWriter",
     "PrefixFramer",
+    "Progress",
     "QueueFullError",
     "Resource",
     "Rotation",
+    "Segments",
     "Send",
     "ServerStats",
     "Service",
@@ -169,10 +188,12 @@ __all__ = [
     "client_context",
     "connect",
     "may_block",
+    "merge",
     "method",
     "open",
     "run",
     "server_context",
+    "tail",
     "watch",
 ]
 
@@ -185,7 +206,8 @@ if not TYPE_CHECKING:  # a checker should find a misspelt name
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         from importlib import import_module
 
-        value = globals()[name] = getattr(import_module(f"{__name__}.{where}"), name)
+        module = import_module(f"{__name__}.{where}")
+        value = globals()[name] = module if where == name else getattr(module, name)
         return value
 
 

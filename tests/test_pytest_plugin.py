@@ -24,6 +24,8 @@ BLOCKS = """
         await asyncio.sleep(0)
 """
 
+_TIMES = 6  # so often a session is run where the machine kept it from measuring what it is about
+
 INI = """
     [pytest]
     asyncio_mode = auto
@@ -47,17 +49,28 @@ class Session:
     def __call__(self, tests: str, *arguments: str, **counts: int) -> str:
         """Run these tests; the counts of outcomes must be these. Returns what pytest printed."""
         self.pytester.makepyfile(test_it=tests)
+        times = 0
+        while True:
+            found, text = self._run(arguments, counted=bool(counts))
+            busy = "unmeasured" in found and "unmeasured" not in counts  # this machine
+            if busy:
+                found["passed"] = found.get("passed", 0) + found.pop("unmeasured")
+            times += 1
+            if not busy or found == counts or times == _TIMES:
+                break
+        assert not counts or found == counts, text
+        assert self.code == (1 if {"failed", "errors"} & set(counts) else 0) or not counts, text
+        return text
+
+    def _run(self, arguments: tuple[str, ...], *, counted: bool) -> tuple[dict[str, int], str]:
+        """One session: the counts of its outcomes, and what it printed."""
         own = () if INSTALLED else ("-p", "offload.pytest_plugin")
         result = self.pytester.runpytest_subprocess(*own, "-p", "no:cacheprovider", *arguments, timeout=120)
         self.code = result.ret
         text = result.stdout.str() + result.stderr.str()
-        found = result.parseoutcomes() if counts else {}
+        found = result.parseoutcomes() if counted else {}
         found.pop("warnings", None)
-        if "unmeasured" in found and "unmeasured" not in counts:  # this machine is busy, too
-            found["passed"] = found.get("passed", 0) + found.pop("unmeasured")
-        assert found == counts, text
-        assert result.ret == (1 if {"failed", "errors"} & set(counts) else 0) or not counts, text
-        return text
+        return found, text
 
     def ini(self, **values: str) -> None:
         lines = "".join(f"{name} = {value}\n" for name, value in values.items())

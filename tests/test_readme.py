@@ -17,7 +17,14 @@ README = (Path(__file__).parent.parent / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
 
 PROGRAMS = [text for kind, text in BLOCKS if kind == "python"]
-SAYS = ("10000 lines merged", "(42,)", "order 1", "payload=b'hello'", "right")
+SAYS = (
+    "10000 lines merged",
+    "app.log 0 [b'one\\n', b'two\\n']",
+    "(42,)",
+    "order 1",
+    "payload=b'hello'",
+    "right",
+)
 
 
 def complaints(stderr: str) -> list[str]:
@@ -76,9 +83,19 @@ def test_console_commands_work(tmp_path: Path) -> None:
     assert "a.log\t2\t8" in outputs[3]
 
 
+def test_toml_block_is_taken(tmp_path: Path) -> None:
+    """The settings in the block of TOML are right."""
+    from offload.merge.settings import Settings, read_config
+
+    (tmp_path / "merge.toml").write_text(next(text for kind, text in BLOCKS if kind == "toml"))
+    settings = Settings(**read_config(tmp_path / "merge.toml"))
+    assert settings.segments is not None
+    assert settings.ordered is not None
+
+
 def test_exit_codes_are_those_of_the_command() -> None:
     """The README and `--help` name the same exit codes."""
-    from offload.cli import EXIT_CODES
+    from offload.cli_text import EXIT_CODES
 
     assert " ".join(EXIT_CODES.split()) in " ".join(README.split())
 

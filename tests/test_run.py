@@ -403,18 +403,21 @@ def test_signal_from_outside_ends_it_and_is_reported(tmp_path: Path, number: int
 
 # One step in C: the signal comes behind Python's last look for signals, and before the wait.
 FALLS_ASLEEP = """
-    import collections, ctypes, functools, operator, signal, time
-    steps = functools.partial(ctypes.PyDLL(None)["raise"], {number}), functools.partial(time.sleep, 3600)
+    import collections, ctypes, functools, operator, select, signal, threading, time
+    taken = threading.Lock()
+    taken.acquire()
+    steps = functools.partial(ctypes.PyDLL(None)["raise"], {number}), functools.partial({wait})
     collections.deque(map(operator.call, steps), 0)
 """
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signal_that_comes_just_before_a_wait_ends_it(tmp_path: Path, number: int) -> None:
+@pytest.mark.parametrize("wait", ["time.sleep, 3600", "taken.acquire", "select.epoll().poll"])
+def test_signal_that_comes_just_before_a_wait_ends_it(tmp_path: Path, number: int, wait: str) -> None:
     """Python would see it after the wait; the more threads ask for the GIL, the more often a signal comes then."""
-    script = write(tmp_path, textwrap.dedent(BLOCKS) + textwrap.dedent(FALLS_ASLEEP.format(number=number)))
-    found = done([*RUN, "--report", "report.json", script], tmp_path)
+    code = textwrap.dedent(BLOCKS) + textwrap.dedent(FALLS_ASLEEP.format(number=number, wait=wait))
+    found = done([*RUN, "--report", "report.json", write(tmp_path, code)], tmp_path)
     assert found.code == -number, found.err
     assert_reported(tmp_path)
 
@@ -427,17 +430,17 @@ def test_forked_child_has_its_signals_as_they_were(tmp_path: Path) -> None:
         """
         import os, signal, sys
         from signal import SIG_DFL, SIGTERM, SIGURG, getsignal, set_wakeup_fd
-        def in_a_child(handler, *fds):
+        def in_a_child(handler, fd):
             if not os.fork():
                 ours = getsignal(SIGTERM) is not handler, getsignal(SIGURG) is not handler
-                os._exit(sum(ours) + 4 * (set_wakeup_fd(-1) not in fds))
+                os._exit(sum(ours) + 4 * (set_wakeup_fd(-1) != fd))
             print(os.waitstatus_to_exitcode(os.wait()[1]))
         in_a_child(SIG_DFL, -1)
         fd = os.open("/dev/null", os.O_WRONLY | os.O_NONBLOCK)
         set_wakeup_fd(fd)
         signal.signal(SIGTERM, print)
         signal.signal(SIGURG, print)
-        in_a_child(print, fd, -1)  # asyncio takes it away, too, from 3.12 on
+        in_a_child(print, fd if sys.version_info < (3, 12) else -1)  # from then on asyncio takes it from a child
         """,
     )
     assert done([*RUN, "-q", script], tmp_path) == (0, "0\n0\n", "")
@@ -451,7 +454,10 @@ def test_program_uses_the_signals_pipe_and_sigurg_itself(tmp_path: Path) -> None
         """
         import asyncio, os, signal, sys, time
         seen = []
+        signal.signal(signal.SIGUSR2, lambda *_: None)
         signal.signal(signal.SIGURG, lambda *_: seen.append("urgent"))
+        os.kill(os.getpid(), signal.SIGUSR2)
+        time.sleep(0.05)  # for what must not come
         reads, writes = os.pipe()
         os.set_blocking(writes, False)
         signal.set_wakeup_fd(writes)
@@ -471,6 +477,25 @@ def test_program_uses_the_signals_pipe_and_sigurg_itself(tmp_path: Path) -> None
         """,
     )
     assert done([*RUN, "-q", script], tmp_path) == (0, "['urgent', 'mine'] True True\n['urgent', 'mine']\n", "")
+
+
+@pytest.mark.slow
+def test_signal_that_was_seen_is_over(tmp_path: Path) -> None:
+    """What interrupts the main thread for a signal is a signal itself, for which it is not interrupted once more."""
+    script = write(
+        tmp_path,
+        """
+        import os, resource, signal, time
+        def switches():
+            return resource.getrusage(resource.RUSAGE_SELF).ru_nvcsw
+        signal.signal(signal.SIGUSR2, lambda *_: None)
+        os.kill(os.getpid(), signal.SIGUSR2)
+        before = switches()
+        time.sleep(0.5)  # for what must not come: some six without it, a thousand with it
+        print(switches() - before < 100)
+        """,
+    )
+    assert done([*RUN, "-q", script], tmp_path) == (0, "True\n", "")
 
 
 @pytest.mark.slow

@@ -6,13 +6,17 @@ What the disk refuses is cut back to the last whole append, as far as the bytes 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
+from .descriptor import read_at
+
 Buffer = bytes | bytearray | memoryview
 
+_REWRITE_BYTES = 1 << 20
 _IOV_MAX = 1024 if not hasattr(os, "sysconf") else max(16, os.sysconf("SC_IOV_MAX"))
 
 
@@ -84,6 +88,37 @@ class AppendFile:
         if self.regular:
             os.ftruncate(self.fd, end)
             self.end = end
+
+    def is_whole(self) -> bool:
+        """Whether the file ends with the last whole append: a refused one could be cut back, and nobody else wrote."""
+        return self.regular and os.fstat(self.fd).st_size == self.end
+
+    def rewrite(self, start: int, end: int, check: Callable[[bytes], object]) -> None:
+        """Write these bytes of the file again, as they are, so that a sync is about them; not on Windows.
+
+        Args:
+            check: gets them in order, each part before it is written; what it raises ends it.
+
+        Raises:
+            OSError: they could not be read or written; those that were written are what they were.
+        """
+        if not hasattr(os, "pwrite"):
+            return
+        import fcntl
+
+        flags = fcntl.fcntl(self.fd, fcntl.F_GETFL)
+        fcntl.fcntl(self.fd, fcntl.F_SETFL, flags & ~os.O_APPEND)  # with it, Linux lets pwrite append
+        try:
+            while start < end:
+                data = read_at(self.fd, start, min(_REWRITE_BYTES, end - start))
+                if not data:
+                    raise OSError(errno.EIO, f"it ends at byte {start}, expected {end}")
+                check(data)
+                while data:
+                    done = os.pwrite(self.fd, data, start)
+                    start, data = start + done, data[done:]
+        finally:
+            fcntl.fcntl(self.fd, fcntl.F_SETFL, flags)
 
     def sync(self) -> None:
         """Return once all of it is on the disk, as far as the system can tell."""

@@ -204,10 +204,10 @@ class OnThread(ABC):
     def _finish(self) -> None:
         """End it, if it was opened; on the thread."""
 
-    def _enter(self) -> None:  # noqa: B027
+    def _enter(self) -> None:
         """It was opened; on the caller's thread."""
 
-    def _leave(self, exc: BaseException | None) -> None:  # noqa: B027
+    def _leave(self, exc: BaseException | None) -> None:
         """It is about to be closed, on purpose; `exc`: what its block raised. On the caller's thread."""
 
     async def start(self) -> Self:

@@ -1,4 +1,4 @@
-"""Packet files on disk, for one thread: PacketFile writes, FrameSource reads.
+"""Packet files on disk, written: PacketFile, for one thread (`frame_source.py` reads).
 
 The layout is in `packets/format.py`, what a frame does to the state in `packets/recover.py`; event loops use
 `packet_stream.py`.
@@ -6,14 +6,20 @@ The layout is in `packets/format.py`, what a frame does to the state in `packets
 Promises:
     - One writer: the file is locked from opening to closing; a second writer gets BusyResourceError.
     - A batch goes out in one system call behind whole frames. What the disk refuses is cut back to the last whole
-      frame, and the writer can only be closed from then on.
+      frame, and the writer can only be closed from then on; unless `full` waits for room: then the rest of the batch
+      goes out where it was cut, and what is in the file is synced by policy before the wait.
     - Whatever ended the writer before (kill -9 too), opening cuts a torn tail and goes on behind the last whole frame.
       A run that adds nothing leaves the file as it is, but for that and a COMMIT behind frames that lack one.
     - A COMMIT stands behind at most COMMIT_BYTES of frames and one batch.
     - `durable_upto` in a COMMIT never passes the bytes that an fsync before it has covered.
     - fsync policy: "none" leaves it to the system, "interval" syncs before the COMMIT of each interval, "always" before
-      `append` returns. One fsync serves all that was written since the one before.
-    - Readers never write and never keep a writer out.
+      `append` returns. One fsync serves all that was written since the one before. But with "none", at most SYNC_BYTES
+      and a batch are ever unsynced, and a new file's first frame and its name are on the disk before it has a second.
+    - An fsync that failed is final: nothing behind it is called durable by this writer, and no other is tried.
+
+What an fsync is worth after one that failed is in the head of `frame_file.py`.
+
+With `segments` the file is closed as a segment when it is due, and the next one begun; `rolling.py` says how.
 """
 
 from __future__ import annotations
@@ -21,44 +27,34 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import secrets
-import stat
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from types import TracebackType
-from typing import Literal, Self
-from zlib import crc32
 
-from ..errors import BusyResourceError, PacketError
-from ..packets.codec import (
-    Buffer,
-    CommitEntry,
-    Damage,
-    FileInfo,
-    Frame,
-    GapInfo,
-    Header,
-    PacketDecoder,
-    SourceInfo,
-    pack_header,
-    unpack_header,
-)
-from ..packets.format import HEADER_BYTES, Flag, FrameType
+from ..errors import PacketError
+from ..packets.codec import Buffer, CommitEntry, FileInfo, GapInfo, SourceInfo
+from ..packets.format import GUARD_BYTES, HEAD_BYTES, HEADER_BYTES, Flag, FrameType
 from ..packets.ledger import Ledger, SourceState
-from ..packets.recover import Recovery, generations, recover
-from .append import AppendFile, whole_pieces
-
-Fsync = Literal["none", "interval", "always"]
+from ..packets.recover import generations
+from ..packets.restate import restate
+from .descriptor import read_at
+from .frame_file import Durable, FrameFile
+from .frame_file import Fsync as Fsync
+from .frame_file import Full as Full
+from .recall import Recall, ranges
+from .rolling import Index, begin_next, hand_over, opening, seal_of
+from .segments import Segments
 
 COMMIT_BYTES = 16 << 20
-READ_BYTES = 4 << 20
+SYNC_BYTES = 64 << 20  # `recover` checks twice as much behind the last durable COMMIT
 
 
 @dataclass(slots=True)
 class Piece:
-    """One frame of a source's content, before it has its place: what the source gave and what it counts."""
+    """One frame of a source's content, before it has its place: what the source gave and what it counts.
+
+    `time_ns`: when it arrived, if that is not when it is appended.
+    """
 
     source_id: int
     payload: Buffer
@@ -66,9 +62,10 @@ class Piece:
     count: int
     flags: Flag = Flag.NONE
     type: FrameType = FrameType.LINES
+    time_ns: int | None = None
 
 
-class PacketFile:
+class PacketFile(FrameFile):
     """A packet file opened for writing, for one thread.
 
     Args:
@@ -76,6 +73,12 @@ class PacketFile:
         fsync: see the head of this module.
         written_by: goes into the FILE frame.
         clock: Unix nanoseconds, for the arrival time in each frame.
+        full: called with the error if there is no room on the disk (ENOSPC, EDQUOT); it blocks for as long as it likes
+            and returns whether to try again, otherwise the error is raised. Called with None once there was room.
+        settle: before the first content of a generation goes out, have its SOURCE frame on the disk (but with "none").
+            Then each frame that a power cut leaves behind a hole is of a source that is known before the hole.
+        segments: when to close it as a segment and begin the next; None: never.
+        on_sealed: called with its number when a segment has been closed, and is on the disk.
 
     Raises:
         BusyResourceError: somebody else writes it.
@@ -83,8 +86,9 @@ class PacketFile:
         OSError: as `os.open`.
 
     Attributes:
-        ledger: the state at the end of the file.
+        ledger: the state at the end of the file; another one in each segment, with the same states of sources.
         recovery: what opening found.
+        durable: what the last fsync that succeeded has proved; read from any thread.
     """
 
     def __init__(
@@ -94,45 +98,27 @@ class PacketFile:
         fsync: Fsync = "interval",
         written_by: str = "offload",
         clock: Callable[[], int] = time.time_ns,
+        full: Full | None = None,
+        settle: bool = False,
+        segments: Segments | None = None,
+        on_sealed: Callable[[int], object] | None = None,
     ) -> None:
-        if fsync not in ("none", "interval", "always"):
-            raise ValueError(f"fsync is {fsync!r}, expected 'none', 'interval' or 'always'")
-        self.path = Path(path)
-        self.fsync = fsync
-        self._written_by = written_by
-        self._clock = clock
-        self._epoch = secrets.randbits(32)
-        self._begun = False  # whether this run has written a frame
-        self._staged: list[Buffer] = []  # frames that the ledger knows and the file does not
-        self._file = AppendFile(path, readable=True)
+        super().__init__(path, fsync=fsync, written_by=written_by, clock=clock, full=full)
+        self._settles = settle and fsync != "none"
+        self._segments = segments
+        self._on_sealed = on_sealed
+        self._recall: Recall | None = None
+        self._recalled = False  # since the last tick
         try:
-            if not self._file.regular:
-                raise OSError(errno.EINVAL, "no regular file; a packet file cannot be written there", os.fspath(path))
-            lock(self._file.fd, self.path)
-            self.recovery: Recovery = recover(self._read_at, self._file.end)
+            self._opening = opening(self._read_at) if self.segment and segments is not None else 0
+            self._bare = self.ledger.end <= self._opening  # it holds nothing of its own
+            if self.ledger.sealed and self.recovery.hole is None:
+                self._begin_segment()
+            self._complete()
         except BaseException:
+            self._forget()
             self._file.close()
             raise
-        self.ledger: Ledger = self.recovery.ledger
-        self._synced = self.ledger.durable_upto
-        if self.recovery.hole is None and self.recovery.torn:
-            self._file.cut(self.ledger.end)
-
-    def cut_hole(self) -> None:
-        """Give up what stands behind damage after the last COMMIT; the caller knows how to get it again."""
-        self._file.cut(self.ledger.end)
-        self.recovery = Recovery(self.ledger, self.recovery.torn)
-
-    @property
-    def end(self) -> int:
-        """Size of the file in bytes."""
-        return self._file.end
-
-    @property
-    def identity(self) -> tuple[int, int]:
-        """Device and inode of the file."""
-        status = os.fstat(self._file.fd)
-        return status.st_dev, status.st_ino
 
     def source_named(self, path: bytes) -> SourceState | None:
         """The source of this path, as it stands now."""
@@ -144,6 +130,51 @@ class PacketFile:
     def generations(self, state: SourceState) -> Iterator[tuple[SourceInfo, CommitEntry]]:
         """The earlier generations of a source, newest first: which file it was, and how far it was read."""
         return generations(self._read_at, self._file.end, state)
+
+    def held(self, source_id: int, start: int, end: int, generation: int | None = None) -> bytes:
+        """What it holds of a source's file, by the bytes' places in that file.
+
+        Args:
+            start, end: bytes [start, end) of the file.
+            generation: one that ends in that file, which may have begun in earlier ones; None: the present one.
+
+        Returns:
+            b"" if it does not hold all of them, or no longer.
+
+        Raises:
+            OSError: a segment cannot be read.
+        """
+        if self._staged:  # of a batch that came to nothing
+            self._write()
+        state = self.ledger.sources[source_id]
+        self._recalled = True
+        try:
+            generations = [(state.info, state.entry()), *self.generations(state)]
+            wanted = ranges(generations, state.generation if generation is None else generation)
+            if self._recall is None:
+                self._recall = Recall(self._live, self.segment, self.ledger.end, self.ledger.prev_len)
+            self._recall.grow(self.ledger.end)
+            return self._recall.read(source_id, wanted, start, end)
+        except PacketError:
+            return b""
+        except OSError as exc:
+            if exc.errno in (errno.ENOENT, errno.EINVAL):  # a segment is gone, as retention does; or it is damaged
+                return b""
+            raise
+
+    def _complete(self) -> None:
+        """Know heads and guards of generations that go on in a file and were killed before their first COMMIT."""
+        for state in self.ledger.sources.values():
+            at = state.resume_off
+            if at and at == state.info.start_off and not (state.tail or state.guard_len):
+                with contextlib.suppress(OSError):
+                    state.head = self.held(state.source_id, 0, min(at, HEAD_BYTES))
+                    state.tail = self.held(state.source_id, max(0, at - GUARD_BYTES), at)
+
+    def _forget(self) -> None:
+        recall, self._recall = self._recall, None
+        if recall is not None:
+            recall.close()
 
     def open_source(self, info: SourceInfo, source_id: int | None = None) -> int:
         """Begin a source, or the next generation of one, and return its id. It goes out with the next append."""
@@ -187,10 +218,15 @@ class PacketFile:
         Raises:
             OSError: the file ends at the last whole frame; this writer must be closed.
         """
-        sources, now = self.ledger.sources, self._clock()
+        now = self._clock()
         for piece in pieces:
-            state = sources[piece.source_id]
+            if self._segments is not None and self._is_due(len(piece.payload), now):
+                self._roll()
+            state = self.ledger.sources[piece.source_id]
             assert piece.source_off == state.resume_off, "a piece that does not follow the one before"
+            if self._settles and state.source_frame >= self._synced:
+                self._write()
+                self.sync()
             self._stage(
                 piece.type,
                 piece.payload,
@@ -200,12 +236,14 @@ class PacketFile:
                 source_off=piece.source_off,
                 count=piece.count,
                 generation=state.generation,
-                time_ns=now,
+                time_ns=now if piece.time_ns is None else piece.time_ns,
             )
+            self._bare = False
         for source_id, (size, mtime_ns) in (stats or {}).items():
-            sources[source_id].size, sources[source_id].mtime_ns = size, mtime_ns
+            state = self.ledger.sources[source_id]
+            state.size, state.mtime_ns = size, mtime_ns
         self._write()
-        if self.fsync == "always":
+        if self.fsync == "always" or (self.fsync == "interval" and self._file.end - self._synced >= SYNC_BYTES):
             self.sync()
         if self._file.end - max(0, self._committed()) >= COMMIT_BYTES:
             self.commit()
@@ -219,17 +257,6 @@ class PacketFile:
             self._stage(FrameType.COMMIT, info.pack())
             self._write()
 
-    def sync(self) -> None:
-        """Have everything written so far on the disk.
-
-        Raises:
-            OSError: it may or may not be there, and trying again proves nothing; this writer must be closed.
-        """
-        end = self._file.end
-        if end > self._synced:
-            self._file.sync()
-            self._synced = end
-
     def tick(self) -> None:
         """What is due at the end of an interval: fsync by policy, then a COMMIT."""
         if self._staged or self.ledger.changed:
@@ -238,6 +265,11 @@ class PacketFile:
                 self._write()
                 self.sync()
             self.commit()
+        if self._segments is not None and self._is_due(0, self._clock()):
+            self._roll()
+        if not self._recalled:  # it holds descriptors of segments, which may be removed
+            self._forget()
+        self._recalled = False
 
     def close(self, *, broken: bool = False) -> None:
         """Write the last COMMIT, sync by policy, unlock. `broken`: only let go of the file."""
@@ -248,258 +280,100 @@ class PacketFile:
                     self.sync()
                 self._check_place()
         finally:
+            self._forget()
             self._file.close()
 
     def _check_place(self) -> None:
         """Raises FileNotFoundError if what is written can no longer be found where the user expects it."""
         try:
-            status = os.stat(self.path)
+            status = os.stat(self._live)
         except FileNotFoundError:
             status = None
         if status is None or (status.st_dev, status.st_ino) != self.identity:
             raise FileNotFoundError(errno.ENOENT, "was removed or replaced while it was written", os.fspath(self.path))
 
-    # --- frames -----------------------------------------------------------------------------------------------------
-
     def _committed(self) -> int:
         return self.ledger.last_commit if self.ledger.last_commit < self.ledger.end else 0
 
-    def _stage(self, type: FrameType, payload: Buffer, **fields: int) -> None:
-        """Put a frame behind those staged and take it into the ledger."""
-        if not self._begun:
-            self._begun = True
-            if self.ledger.info is None:
-                self._stage(FrameType.FILE, FileInfo(secrets.token_bytes(16), 0, bytes(32), self._written_by).pack())
-            elif type is not FrameType.COMMIT:
-                # A new run, a new epoch; and whatever the end of the last one left without a COMMIT gets it here.
-                self._stage(FrameType.COMMIT, self.ledger.commit(self._synced).pack())
-        ledger = self.ledger
-        fields.setdefault("time_ns", 0 if type is FrameType.COMMIT else self._clock())
-        if type is FrameType.COMMIT:
-            fields["time_ns"] = self._clock()
-        payload_crc = crc32(payload)
-        raw = pack_header(type, len(payload), payload_crc, prev_len=ledger.prev_len, epoch=self._epoch, **fields)
-        header = Header(
-            type,
-            Flag(fields.get("flags", 0)),
-            len(payload),
-            fields.get("source_id", 0),
-            fields.get("seq", 0),
-            fields.get("source_off", 0),
-            fields["time_ns"],
-            fields.get("count", 0),
-            payload_crc,
-            fields.get("generation", 0),
-            ledger.prev_len,
-            self._epoch,
-        )
-        self._staged += (raw, payload) if len(payload) else (raw,)
-        ledger.apply(header, payload if isinstance(payload, bytes) else memoryview(payload), raw, ledger.end)
+    def resegment(self, segments: Segments) -> None:
+        """Close segments by other rules from now on; only where it was opened with some."""
+        assert self._segments is not None, "a plain packet file stays one"
+        self._segments = segments
 
-    def _write(self) -> None:
-        staged, self._staged = self._staged, []
-        if staged:
-            self._file.append(staged, lambda taken: whole_pieces(_frame_sizes(staged), taken))
+    # --- segments ---------------------------------------------------------------------------------------------------
 
-    def _read_at(self, offset: int, length: int) -> bytes:
-        return read_at(self._file.fd, offset, length)
-
-
-def _frame_sizes(staged: Iterable[Buffer]) -> Iterator[int]:
-    buffers = iter(staged)
-    for raw in buffers:
-        payload_len = unpack_header(raw).payload_len
-        if payload_len:
-            next(buffers)
-        yield HEADER_BYTES + payload_len
-
-
-def open_regular(path: str) -> tuple[int, os.stat_result]:
-    """Open a regular file for reading; a FIFO would block, a device never ends.
-
-    Raises:
-        OSError: as `os.open`; IsADirectoryError for a folder; a plain OSError for what else is no regular file.
-    """
-    flags = os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NONBLOCK", 0)
-    fd = os.open(path, flags)
-    status = os.fstat(fd)
-    if stat.S_ISREG(status.st_mode):
-        return fd, status
-    os.close(fd)
-    if stat.S_ISDIR(status.st_mode):
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
-    raise OSError(errno.EINVAL, "no regular file", path)
-
-
-def read_at(fd: int, offset: int, length: int) -> bytes:
-    """At most `length` bytes at `offset`; fewer only at the end of the file."""
-    parts: list[bytes] = []
-    while length > 0:
-        if hasattr(os, "pread"):
-            data = os.pread(fd, length, offset)
-        else:  # Windows; one thread uses the descriptor, so the shared position does no harm
-            os.lseek(fd, offset, os.SEEK_SET)
-            data = os.read(fd, length)
-        if not data:
-            break
-        parts.append(data)
-        offset += len(data)
-        length -= len(data)
-    return parts[0] if len(parts) == 1 else b"".join(parts)
-
-
-def lock(fd: int, path: Path) -> None:
-    """Lock a file for this descriptor's only use until it is closed.
-
-    Raises:
-        BusyResourceError: somebody else has the lock.
-    """
-    try:
-        if os.name == "nt":
-            import msvcrt
-
-            # A byte far behind any data: locks are mandatory there, and readers must not meet it.
-            os.lseek(fd, 1 << 62, os.SEEK_SET)
-            msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
-        else:
-            import fcntl
-
-            for _ in range(100):
-                with contextlib.suppress(BlockingIOError):
-                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    return
-                # A reader in `is_locked` shares the lock for a moment. If we may not share it, it is a writer.
-                fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                fcntl.flock(fd, fcntl.LOCK_UN)
-                time.sleep(0.001)
-            raise BlockingIOError
-    except (BlockingIOError, PermissionError):
-        raise BusyResourceError(f"{path} is being written by somebody else; wait for it or write elsewhere") from None
-
-
-def is_locked(fd: int) -> bool:
-    """Whether somebody writes this packet file now; best effort, for messages."""
-    if os.name == "nt":
-        return False
-    import fcntl
-
-    try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    fcntl.flock(fd, fcntl.LOCK_UN)
-    return False
-
-
-class FrameSource:
-    """Whole frames of a packet file in order, for one thread; nothing is held but one read and one frame.
-
-    Args:
-        path: a packet file; it may be growing.
-        on_damage: as for PacketDecoder.
-        follow: the file is growing, and its writer may be killed and started again: what is behind the last whole
-            frame is read anew each time, for a new writer cuts it.
-
-    Raises:
-        OSError: as `os.open`.
-    """
-
-    def __init__(
-        self,
-        path: str | os.PathLike[str],
-        *,
-        on_damage: Callable[[Damage], None] | None = None,
-        follow: bool = False,
-    ) -> None:
-        self.path = Path(path)
-        self._follow = follow
-        self._on_damage = on_damage
-        self._suspect = -1  # while following: where no valid frame was found at the last look
-        self._fd, _ = open_regular(os.fspath(path))
-        self._decoder = PacketDecoder(on_damage=on_damage)
-        self._at = 0
-
-    @property
-    def offset(self) -> int:
-        """Where the next frame is expected."""
-        return self._decoder.offset
-
-    @property
-    def pending(self) -> int:
-        """Bytes read that are no whole frame yet."""
-        return self._decoder.pending
-
-    def read(self) -> list[Frame] | None:
-        """The frames of the next READ_BYTES; None at the present end of the file.
-
-        Raises:
-            PacketError: no valid frame at this place.
-        """
-        data = read_at(self._fd, self._at, READ_BYTES)
-        if not data and not (self._follow and self._decoder.pending):
+    def due_in(self) -> float | None:
+        """Seconds until the present segment is too old; None: it never is, or holds nothing of its own."""
+        if self._segments is None or self._segments.max_age is None or self._bare:
             return None
-        self._at += len(data)
+        return max(0.0, self._segments.max_age - (self._clock() - self._begun_ns) / 1e9)
+
+    def _is_due(self, size: int, now: int) -> bool:
+        """Whether the segment ends before a frame of so many bytes; one that states sources alone is never closed."""
+        assert self._segments is not None
+        end, most, age = self.ledger.end, self._segments.max_bytes, self._segments.max_age
+        if self._bare:
+            return False
+        if most is not None and size and end + HEADER_BYTES + size > max(most, 2 * self._opening):
+            return True
+        return age is not None and now - self._begun_ns >= age * 1e9
+
+    def _roll(self) -> None:
+        """Close this segment and begin the next one."""
+        self._check_place()
+        if self._staged:
+            self._write()
+        self._stage(FrameType.COMMIT, self.ledger.commit(self._synced, full=True).pack())
+        index = None
+        for payload in self._index.frames():
+            index = self.ledger.end if index is None else index
+            self._stage(FrameType.INDEX, payload)
+        self._stage(FrameType.SEAL, seal_of(self.ledger, index, self._begun_ns).pack())
+        self._write()
+        self._begin_segment()
+
+    def _begin_segment(self) -> None:
+        """Begin the next segment, with the live name; the present one ends in a SEAL."""
+        self._forget()
+        self.sync()
+        file, before = self._file, self.ledger
+        assert before.info is not None
+        end, size = self.segment, file.end
+
+        def history(state: SourceState) -> Iterator[tuple[SourceInfo, CommitEntry]]:
+            return generations(lambda offset, length: read_at(file.fd, offset, length), size, state)
+
         try:
-            frames = self._decoder.feed(data)
-        except PacketError:
-            # A new writer may have cut a torn tail and written while we read: half of it old, half new. Twice at the
-            # same place it is damage.
-            if not self._follow or self._suspect == self._decoder.offset:
-                raise
-            self._suspect = self._decoder.offset
-            self._again()
-            return None
-        if self._follow and self._decoder.pending and len(data) < READ_BYTES:
-            self._again()
-            return frames or None
-        return frames
-
-    def _again(self) -> None:
-        """Read what is behind the last whole frame anew."""
-        self._at = self._decoder.offset
-        self._decoder = PacketDecoder(offset=self._at, on_damage=self._on_damage)
-
-    def headers(self) -> Iterator[Frame]:
-        """Every frame from the start, with its payload only where that describes the file: LINES, PACKETS are left out.
-
-        Raises:
-            PacketError: no valid header at this place; a torn tail ends the walk instead.
-        """
-        size, at = self.size(), 0
-        while size - at >= HEADER_BYTES:
-            header = unpack_header(self.read_at(at, HEADER_BYTES), offset=at)
-            if at + header.frame_len > size:
-                return
-            content = header.type in (FrameType.LINES, FrameType.PACKETS)
-            payload = b"" if content else self.read_at(at + HEADER_BYTES, header.payload_len)
-            yield Frame(at, header, payload)
-            at += header.frame_len
-
-    def size(self) -> int:
-        return os.fstat(self._fd).st_size
-
-    def read_at(self, offset: int, length: int) -> bytes:
-        """Bytes at another place of the file."""
-        return read_at(self._fd, offset, length)
-
-    def end(self) -> list[Frame]:
-        """Say that the file ends here; returns and raises as `PacketDecoder.close`."""
-        return self._decoder.close()
-
-    def is_being_written(self) -> bool:
-        return is_locked(self._fd)
-
-    def close(self) -> None:
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None) -> None:
-        self.close()
-
-    def __iter__(self) -> Iterator[Frame]:
-        while (frames := self.read()) is not None:
-            yield from frames
+            self._file = self._patiently(lambda: begin_next(self._live, file.fd))
+            self.ledger, self._index, self._begun = Ledger(), Index(), True
+            self._synced, self._left = 0, (0, 0)
+            info = FileInfo(before.info.file_id, end + 1, before.next_chain(), self._written_by)
+            self._stage(FrameType.FILE, info.pack())
+            for state, again in restate(before, history, lambda: self.ledger.end):
+                self._stage(
+                    FrameType.SOURCE,
+                    again.pack(),
+                    flags=Flag.RESTATED,
+                    source_id=state.source_id,
+                    seq=state.next_seq,
+                    source_off=state.resume_off,
+                    generation=state.generation,
+                )
+            # The states that others may hold go on, with what is known of heads and tails.
+            for source_id, state in before.sources.items():
+                new = self.ledger.sources[source_id]
+                state.info, state.source_frame = new.info, new.source_frame
+                self.ledger.sources[source_id] = state
+            self._stage(FrameType.COMMIT, self.ledger.commit(self.ledger.end).pack())
+            self._write()
+            self._file.created = False
+            self._file.sync()
+            self._patiently(lambda: hand_over(self._live, end, file.fd))
+        finally:
+            file.close()
+        self._file.path = self._live
+        self._synced = self._opening = self._file.end
+        self.durable = Durable(self._synced, 0, time.time())
+        self._bare = True
+        if self._on_sealed is not None:
+            self._on_sealed(end)

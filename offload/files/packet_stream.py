@@ -20,6 +20,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 from ..errors import ClosedResourceError, PacketError, PacketTooLargeError
@@ -29,8 +30,13 @@ from ..packets.format import MAX_PAYLOAD, Compression, EntryFlag, FrameType
 from ..packets.ledger import SourceState
 from ..packets.recover import Recovery
 from .append import as_bytes
+from .frame_source import FrameSource
 from .intake import MAX_BYTES, OnThread, Writing
-from .packet_file import FrameSource, Fsync, PacketFile, Piece
+from .keeper import Keeper
+from .packet_file import Fsync, Full, PacketFile, Piece
+from .seekable import zstandard
+from .segments import Segments
+from .series import live_path
 
 R = TypeVar("R")
 
@@ -48,7 +54,13 @@ class PacketWriter(Writing[tuple[str, bytes, bool]]):
         interval: seconds until what was written has its COMMIT.
         mend: asked on the writer's thread if the file is damaged behind its last COMMIT with valid frames behind the
             damage (a power cut can leave that): True says that all of it can be written again, so it is cut off.
-            Otherwise, and without it, opening raises PacketError and leaves the file as it is.
+            With it, SOURCE frames are on the disk before what follows them (`settle` of PacketFile).
+        anew: called on the writer's thread with path and error if the file is damaged there and is not cut, or where
+            its state stands: it puts a sound one in its place, or raises. Without it, opening raises PacketError and
+            leaves the file as it is.
+        full: waits for room on the disk, on the writer's thread, while all else that is written waits behind; see
+            PacketFile. Without it, a full disk breaks the writer.
+        segments: when the file is closed as a segment and the next begun, and what becomes of the closed ones.
         exit_timeout: seconds for which the interpreter's exit, and a caller after Ctrl-C, waits for the disk.
 
     Use it as `async with`, or by `start()` and `aclose()`. What breaks it (`BrokenResourceError` from the OSError)
@@ -64,13 +76,21 @@ class PacketWriter(Writing[tuple[str, bytes, bool]]):
         interval: float = INTERVAL,
         written_by: str = "offload",
         mend: Callable[[Recovery], bool] | None = None,
+        anew: Callable[[Path, PacketError], object] | None = None,
+        full: Full | None = None,
+        segments: Segments | None = None,
         exit_timeout: float = 5.0,
     ) -> None:
         super().__init__(path, "packets", str(path), max_bytes, exit_timeout)
         self._mend = mend
+        self._anew = anew
+        self._full = full
         self._fsync: Fsync = fsync
         self._written_by = written_by
         self._interval = interval
+        self._segments = segments
+        self._keeper: Keeper | None = None
+        self._age: asyncio.TimerHandle | None = None  # until the present segment is too old
         self._file: PacketFile | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._ids: dict[str, int] = {}
@@ -102,6 +122,29 @@ class PacketWriter(Writing[tuple[str, bytes, bool]]):
         """Have everything written so far in the file under a COMMIT; with `fsync` on the disk."""
         return self._thread.call(self._flush, fsync)
 
+    def resegment(self, segments: Segments) -> Call[None]:
+        """Close segments, and keep closed ones, by other rules from now on.
+
+        Raises:
+            ValueError: it was opened without segments.
+            ImportError: nothing here can pack them.
+        """
+        return self._thread.call(self._resegment, segments)
+
+    def held(self, source_id: int, start: int, end: int, generation: int | None = None) -> Call[bytes | OSError]:
+        """What the file holds of a source, as `PacketFile.held`, behind what was written before.
+
+        An error says that it cannot be read now; it breaks nothing.
+        """
+
+        def held(file: PacketFile) -> bytes | OSError:
+            try:
+                return file.held(source_id, start, end, generation)
+            except OSError as exc:
+                return exc
+
+        return self.use(held)
+
     def use(self, function: Callable[[PacketFile], R]) -> Call[R]:
         """Run a function with the open PacketFile on the writer's thread, behind what was written before.
 
@@ -122,7 +165,31 @@ class PacketWriter(Writing[tuple[str, bytes, bool]]):
     # --- on the writer's thread -------------------------------------------------------------------------------------
 
     def _open(self) -> None:
-        file = PacketFile(self.path, fsync=self._fsync, written_by=self._written_by)
+        if self._segments is not None and self._segments.compress:
+            zstandard()
+        try:
+            self._file = self._continue()
+        except PacketError as exc:
+            if self._anew is None:
+                raise
+            self._anew(self.path, exc)
+            self._file = self._continue()
+        if self._segments is not None and self._segments.are_kept:
+            self._keeper = Keeper(live_path(self.path), self._segments, self._file.segment - 1)
+            self._keeper.start()
+        self._opened = True
+        self._arm()
+
+    def _continue(self) -> PacketFile:
+        file = PacketFile(
+            self.path,
+            fsync=self._fsync,
+            written_by=self._written_by,
+            full=self._full,
+            settle=self._mend is not None,
+            segments=self._segments,
+            on_sealed=self._sealed,
+        )
         try:
             hole = file.recovery.hole
             if hole is not None and self._mend is not None and self._mend(file.recovery):
@@ -135,8 +202,28 @@ class PacketWriter(Writing[tuple[str, bytes, bool]]):
         except BaseException:
             file.close(broken=True)
             raise
-        self._file = file
-        self._opened = True
+        return file
+
+    def _resegment(self, segments: Segments) -> None:
+        if self._segments is None or self._file is None:
+            raise ValueError(f"{self.path} has no segments, expected one that was opened with them")
+        if segments.compress:
+            zstandard()
+        self._segments = segments
+        self._file.resegment(segments)
+        if self._age is not None:
+            self._age.cancel()
+            self._age = None
+        if self._keeper is not None:
+            self._keeper.resegment(segments)
+        elif segments.are_kept:
+            self._keeper = Keeper(live_path(self.path), segments, self._file.segment - 1)
+            self._keeper.start()
+        self._arm()
+
+    def _sealed(self, number: int) -> None:
+        if self._keeper is not None:
+            self._keeper.sealed(number)
 
     def _use(self, function: Callable[[PacketFile], R]) -> R:
         self._intake.take_all()
@@ -237,8 +324,19 @@ class PacketWriter(Writing[tuple[str, bytes, bool]]):
         file = self._file
         if self._timer is None and self._error is None and file is not None and file.ledger.changed:
             self._timer = asyncio.get_running_loop().call_later(self._interval, self._tick)
+        if self._segments is not None and self._age is None and self._error is None and file is not None:
+            due = file.due_in()
+            if due is not None:
+                self._age = asyncio.get_running_loop().call_later(due, self._grown_old)
+
+    def _grown_old(self) -> None:
+        self._age = None
+        self._tick()
+        self._arm()
 
     def _tick(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
         self._timer = None
         if self._file is not None and self._error is None:
             with self._breaking():
@@ -249,14 +347,17 @@ class PacketWriter(Writing[tuple[str, bytes, bool]]):
         if file is None:
             return
         self._intake.finish(self._closed if self._error is None else self._broken)
-        if self._timer is not None:
-            self._timer.cancel()
+        for timer in (self._timer, self._age):
+            if timer is not None:
+                timer.cancel()
         with self._breaking():
             if self._error is None:
                 file.append(piece for source_id in list(self._rests) for piece in self._end_line(source_id))
                 file.close()
         if self._error is not None:
             file.close(broken=True)
+        if self._keeper is not None:
+            self._keeper.close()
         self._check()
 
 

@@ -1,107 +1,88 @@
-"""One growing file: where it was read up to, and what comes next. For one thread; no clock, no waiting.
+"""One growing log: where it was read up to, and what comes next. For one thread; it never waits.
 
-    path "app.log"   generation 0           1 (renamed away, new file)      2 (truncated)
-                     ├─ read ─┤ rest ─────► ├─ … ──────────────────────────► ├─ …
-                              offset
+Theory of operation. A source is a path, and over time that path names one file after another:
+
+    path "app.log"   generation 0          1 (a new file has the name)   2 (late lines)   3 (back)
+                     ├─ read ─┤ rest ─────► ├─ … ───────────┤            ├──┤             ├─ … ──►
+                              offset                         │ of file 0 ─┘                │
+                                                             └─ of file 1 ─────────────────┘
+
+A `Reading` is one of these files with the offset up to which it was read. The newest has the name, the others lost it
+and are kept open for `linger` seconds, for a program writes to what it has open, not to a name. What comes from another
+file than the bytes before begins a generation that says which file, and from where on; so `split` can put each file
+together again, and the packet file alone tells how far each was read.
+
+    renamed, its name taken     read to its end by its open descriptor; then the files that had the name in between, in
+                                the order in which they were made; then the one that has it now
+    renamed, deleted            read on by its descriptor for as long as nobody has the name
+    renamed while we were down  looked for beside its name, by inode and then by content, packed or not, and read on
+    truncated                   what stands before the offset is compared with each read. If a copy is beside it that
+                                holds what was read (copytruncate), the copy is read on; then the file, from its start
+    it lost its end             its machine lost power, and wrote on. What it still has of what was read, who holds that
+                                must say (`Shorter`); from there on it is read
+    its inode used again        it was made at another time, or does not hold what was read: another file
+    NULs, 4 KiB and more        a hole: stated by its length. At the end of a file they wait for what comes behind, for
+                                programs reserve room that they fill later
+    nobody has it any more      a Gap
 
 Promises:
-    - A byte is given out once, in order, with its offset; only whole lines, until the file is known to end there.
+    - A byte is given out once, in order for each file, with its offset; only whole lines, until the file is known to
+      end there: it lost its name, and nothing came for a second.
     - A line longer than the buffer comes in fragments; nothing is cut off, however long.
-    - What was read is compared again with each read: the last GUARD_BYTES before the offset. So a file that was
-      truncated and grew again past the offset is noticed, and begins a new generation.
-    - A file that was renamed is read to its end by the descriptor that is open, before the file that has its name now.
-      One renamed while nobody looked is looked for in its folder.
     - Bytes that cannot be read any more are stated as a Gap, never passed over.
+    - What a file that lost its end still has of what was read is not given out again, if HEAD_BYTES or all of the file
+      are. Where less agrees, it was truncated: every file of a log may begin with the same lines. So was a local file
+      that changes while it is open, for its machine is up.
+    - Nothing is known from a name: identity, size and time come from the descriptor that is read.
 
 The partial last line is held as an offset, not as bytes: memory does not grow with the number of files.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import time
+from collections.abc import Callable
+from enum import Enum
 
-from ..packets.codec import CommitEntry, GapInfo, SourceInfo, line_pieces
-from ..packets.format import GUARD_BYTES, HEAD_BYTES, NONE_U64, Compression, EntryFlag, GapReason
-from ..packets.ledger import digest
-from .packet_file import Piece, open_regular, read_at
+from ..packets.format import GapReason
+from .beside import Beside, Taken, is_beginning
+from .opened import Common as Common
+from .opened import Shorter as Shorter
+from .opened import Unread as Unread
+from .reading import Arena, Reading, Step, fill, reading_of
+from .rotated import Folders, Former, Resume
+from .succession import Succession
 
-ARENA_BYTES = 1 << 20
 _ROOM = 64 << 10  # an arena with less than this left is full: a read of less is not worth its system call
+_QUIET = 1.0  # seconds after which the last line of a file that lost its name is given out without its end
 
 
-@dataclass(slots=True)
-class Begin:
-    """A source begins, or its next generation."""
-
-    source_id: int
-    info: SourceInfo
-    first: bool
+class _After(Enum):
+    END = 0  # of what is there
+    MORE = 1  # that did not fit
+    OTHERS = 2  # other files are read from now on
 
 
-@dataclass(slots=True)
-class Gap:
-    """Bytes of a source that nobody can read any more."""
-
-    source_id: int
-    info: GapInfo
-
-
-@dataclass(slots=True)
-class Seen:
-    """What a file holds where it was read before: the packet file keeps hashes, and a longer guard needs the bytes."""
-
-    source_id: int
-    head: bytes
-    guard: bytes
-
-
-Step = Begin | Gap | Seen | Piece
-
-
-@dataclass(slots=True)
-class Resume:
-    """Where a packet file has a source: its present generation, and how far that was read."""
-
-    info: SourceInfo
-    entry: CommitEntry
-
-
-Former = dict[tuple[int, int], CommitEntry]
-"""Device and inode of files that lost their name after they were read -> how far, and how to know them."""
-
-
-class Arena:
-    """A buffer that several reads fill one behind the other."""
-
-    __slots__ = ("at", "data", "view")
-
-    def __init__(self, size: int = ARENA_BYTES + GUARD_BYTES) -> None:
-        self.data = bytearray(size)
-        self.view = memoryview(self.data)
-        self.at = 0
-
-    @property
-    def room(self) -> int:
-        return len(self.data) - self.at
-
-
-class Tail:
-    """What comes next in one file.
+class Tail(Succession):
+    """What comes next in one log.
 
     Args:
         path: absolute; its bytes name the source.
         source_id: its number in the packet file.
         resume: where the packet file has it; None: it is new.
+        history: its earlier generations, as the packet file has them.
         follow: False: read up to the size that it has when it is opened, and end there.
-        former: files that were read to their end and then lost their name, and how to know them; added to.
+        linger: seconds for which a file that lost its name is kept open after it was last written to.
+        former: files that lost their name after they were read, and how to know them; added to.
+        held: files that are read now -> path of their source; added to, and out of date where a tail says otherwise.
         taken: whether the file that has a path now, with this device and inode, is another source's: then it is that
             source's file under a new name, not the next one of this.
-
-    Attributes:
-        offset: of the next byte wanted, in the present generation.
-        size: as of the last look; `size - offset` is the lag.
+        followed: whether another source has this name: then a new file of that name is that one's next.
+        folders: what is beside a path; tails share it.
+        size: what it is known to have before it is opened.
+        clock: seconds; decides how long a file was quiet.
+        recalls: somebody has what was read, and answers a `Shorter` with `settle`; otherwise a file that is shorter was
+            truncated.
     """
 
     def __init__(
@@ -110,57 +91,71 @@ class Tail:
         source_id: int,
         resume: Resume | None = None,
         *,
+        history: list[Resume] | None = None,
         follow: bool = False,
+        linger: float = 0.0,
         former: Former | None = None,
-        taken: Callable[[str, tuple[int, int]], bool] = lambda path, identity: False,
+        held: dict[tuple[int, int], str] | None = None,
+        taken: Taken = lambda path, identity: False,
+        followed: Callable[[str], bool] = lambda path: False,
+        folders: Folders | None = None,
+        size: int = 0,
+        clock: Callable[[], float] = time.monotonic,
+        recalls: bool = False,
     ) -> None:
-        self.path = path
-        self._taken = taken
-        self.source_id = source_id
-        self.offset = self.size = 0
-        self.mtime_ns = 0
-        self._fd = -1
-        self._follow = follow
-        self._former = {} if former is None else former
-        self._upto: int | None = None
-        self._resume = resume  # until what it says has been compared with the file
-        self._known = resume is not None  # whether the source is in the packet file
-        self._renamed: CommitEntry | None = None
-        self._checked_ns = 0  # mtime when the guard was last compared
-        self._behind = False  # the open file has lost its name to another, which comes next
-        self._identity: tuple[int, int] | None = None
-        self._open = EntryFlag.NONE
-        self._guard = b""
-        if resume is not None:
-            self.offset, self.size = resume.entry.resume_off, resume.entry.size
-            self.mtime_ns = resume.entry.mtime_ns
-            self._open = resume.entry.flags
-            self._identity = (resume.info.device, resume.info.inode)
+        super().__init__(
+            path,
+            source_id,
+            resume,
+            Beside(path, Folders() if folders is None else folders, taken, followed),
+            history=history,
+            follow=follow,
+            former=former,
+            held=held,
+            taken=taken,
+            size=size,
+            clock=clock,
+            recalls=recalls,
+        )
+        self._linger = linger if follow else 0.0
 
     @property
-    def identity(self) -> tuple[int, int] | None:
-        """Device and inode of the file that is read; None before it was compared with what is known of it."""
-        return self._identity if self._resume is None else None
+    def source_id(self) -> int:
+        return self._out.source_id
+
+    @source_id.setter
+    def source_id(self, number: int) -> None:
+        self._out.source_id = number
+
+    def set_linger(self, seconds: float) -> None:
+        """For how long files that lost their name are kept open, from now on."""
+        self._linger = seconds if self._follow else 0.0
+
+    def resume(self) -> Resume | None:
+        """Where it stands in the file that has the name, and how to know that again; None: nothing was given out."""
+        if not self._readings or self._out.current is None:
+            return None
+        newest = self._readings[-1]
+        return Resume(newest.info, newest.as_entry()._replace(source_id=self.source_id, flags=newest.open))
 
     @property
-    def is_open(self) -> bool:
-        return self._fd >= 0
+    def offset(self) -> int:
+        """Of the next byte wanted in the file that has the name."""
+        return self._readings[-1].offset if self._readings else 0
+
+    @property
+    def size(self) -> int:
+        """Of the file of the present generation, as of the last look."""
+        return self._out.current.size if self._out.current else 0
+
+    @property
+    def mtime_ns(self) -> int:
+        return self._out.current.mtime_ns if self._out.current else 0
 
     @property
     def lag(self) -> int:
         """Bytes that are there and not given out, as of the last look."""
-        upto = self.size if self._upto is None else self._upto
-        return max(0, upto - self.offset)
-
-    def begin_at(self, entry: CommitEntry) -> None:
-        """Begin behind what was read of this file when it had another name; before the first read."""
-        self._renamed = entry
-
-    def close(self) -> None:
-        """Let go of the descriptor; the next read opens the file again and compares it with what is known."""
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
+        return sum(reading.lag for reading in self._readings) if self._readings else self._expected
 
     def read(self, arena: Arena, steps: list[Step], *, final: bool = False) -> bool:
         """Read into the arena and append the steps for the packet file; their payloads are views of the arena.
@@ -172,223 +167,179 @@ class Tail:
             Whether there is more that did not fit.
 
         Raises:
-            FileNotFoundError: there is no such file (and never was one open).
-            OSError: it may not be read, or is no regular file.
+            Shorter: `settle` what it asks, and read again; the steps are right as far as they go.
+            FileNotFoundError: there is no such file (and none that was read is found).
+            OSError: it may not be read, is no regular file, or is packed and not whole.
         """
-        if self._fd < 0:
-            self._open_file(steps)
-        ended = final
+        while self._given_up:
+            reading = self._given_up.pop(0)
+            self._out.gap(reading, steps, GapReason.GIVEN_UP, reading.size)
+        if not self._readings or self._readings[-1].contents is None:
+            self._open(steps)
+        if self._looks_back:
+            self._look_back()
         while True:
-            status = os.fstat(self._fd)
-            shrunk = status.st_size < self.size
-            self.size, self.mtime_ns = status.st_size, status.st_mtime_ns
-            if self.size < self.offset or (shrunk and not self._is_same()):
-                self._restart(steps, GapReason.TRUNCATED)
-                continue
-            if shrunk:
-                self._gap(steps, GapReason.TRUNCATED)  # of the last line, which was not given out yet
-            upto = self.size if self._upto is None else min(self._upto, self.size)
-            if upto > self.offset:
-                guard = len(self._guard)
-                want = upto - self.offset
-                if arena.room - guard < min(want, _ROOM):
+            after = _After.END
+            for reading in self._in_order():
+                if reading.contents is None or self._waits(reading):
+                    continue
+                after = self._read(reading, arena, steps, ended=final or reading.ended)
+                if after is _After.MORE:
                     return True
-                fresh = arena.at == 0
-                start, end = self._fill(arena, min(want, arena.room - guard))
-                if end < start:
-                    self._restart(steps, GapReason.TRUNCATED)
-                    continue
-                last = self.offset + end - start >= upto
-                limit = end - start if fresh and not last else len(arena.data)
-                at = self.offset
-                self._take(arena, start, end, steps, ended=ended and last, limit=limit)
-                if not last:
-                    if self.offset == at and not fresh:
-                        return True  # a line that is longer than what was left of this arena
-                    continue
-            elif self._guard and self.mtime_ns != self._checked_ns and not self._is_same():
-                self._restart(steps, GapReason.TRUNCATED)  # written anew, and as long as before
-                continue
-            self._checked_ns = self.mtime_ns
-            if not (self._follow or self._behind) or not self._replaced():
+                if after is _After.OTHERS:
+                    break
+            if after is _After.END and (self._readings[-1].contents is None or not self._turn(steps, final=final)):
                 return False
-            if self.offset < upto and not ended:
-                ended = True  # first the rest of the old file
-                continue
-            assert self._identity is not None
-            self._former[self._identity] = self._entry()
-            self.close()
-            self._begin_next(steps)
-            ended = final
 
-    def _fill(self, arena: Arena, length: int) -> tuple[int, int]:
-        """Read the guard and what follows; return where the new bytes are, or (1, 0): the file was rewritten."""
-        guard = len(self._guard)
-        target = arena.view[arena.at : arena.at + guard + length]
-        if hasattr(os, "preadv"):
-            got = os.preadv(self._fd, [target], self.offset - guard)
-        else:
-            data = read_at(self._fd, self.offset - guard, len(target))
-            got = len(data)
-            target[:got] = data
-        start = arena.at + guard
-        if got < guard or arena.view[arena.at : start] != self._guard:
-            return 1, 0
-        return start, arena.at + got
+    # --- reading ------------------------------------------------------------------------------------------------------
 
-    def _take(self, arena: Arena, start: int, end: int, steps: list[Step], *, ended: bool, limit: int) -> None:
-        at = start
-        for piece in line_pieces(arena.data, start, end, self._open, ended=ended, limit=limit):
-            payload = arena.view[piece.start : piece.end]
-            steps.append(Piece(self.source_id, payload, self.offset, piece.count, piece.flags))
-            self.offset += len(payload)
-            self._open = piece.open
-            at = piece.end
-        if at > start:
-            self._guard = (self._guard + bytes(arena.view[max(start, at - GUARD_BYTES) : at]))[-GUARD_BYTES:]
-            arena.at = at
+    def _in_order(self) -> list[Reading]:
+        """The readings, the oldest first; but before all the one in whose line we are."""
+        current = self._out.current
+        if current is None or not current.open or current not in self._readings:
+            return list(self._readings)
+        return [current, *(reading for reading in self._readings if reading is not current)]
 
-    # --- which file it is ---------------------------------------------------------------------------------------------
+    def _waits(self, reading: Reading) -> bool:
+        """Whether a line of another of the files was begun and goes on, so that this one's would tear it in two."""
+        current = self._out.current
+        if current is None or current is reading or not current.open or current.ended or current.contents is None:
+            return False
+        has_name = current is self._readings[-1] and not current.behind
+        patience = self._linger if has_name else min(self._linger, _QUIET)
+        return current in self._readings and self._clock() - current.grew < patience
 
-    def _open_file(self, steps: list[Step]) -> None:
-        resumed = self._resume is not None
-        self._behind = False  # it was of the descriptor that was closed
+    def _read(self, reading: Reading, arena: Arena, steps: list[Step], *, ended: bool) -> _After:
+        """Read a file up to its present end."""
+        contents = reading.contents
+        assert contents is not None
+        while True:
+            before = reading.size
+            reading.size, mtime_ns = contents.look()
+            if (reading.size, mtime_ns) != (before, reading.mtime_ns):
+                reading.grew = self._clock()
+            shrunk = reading.size < before
+            cut = shrunk and reading.padded is None and not reading.offset and reading is self._readings[-1]
+            if cut or reading.size < reading.offset or (shrunk and not reading.stands()):
+                return self._cut(reading, before, steps)
+            reading.mtime_ns = mtime_ns
+            if mtime_ns != reading.checked_ns and reading.offset and self._is_under_another_hole(reading):
+                return self._cut(reading, before, steps)
+            if shrunk and (reading.padded is None or reading.size < reading.padded):
+                self._out.gap(reading, steps, GapReason.TRUNCATED)  # of the last line, which was not given out yet
+            reading.padded = None
+            want = reading.end - reading.offset
+            if want > 0:
+                guard = len(reading.guard)
+                if arena.room - guard < min(want, _ROOM):
+                    return _After.MORE
+                fresh = arena.at == 0
+                start, end = fill(reading, arena, min(want, arena.room - guard))
+                if end < start:
+                    return self._cut(reading, before, steps)
+                last = reading.offset + end - start >= reading.end
+                limit = end - start if fresh and not last else len(arena.data)
+                at = reading.offset
+                self._out.give(reading, arena, start, end, steps, ended=ended, last=last, limit=limit)
+                if not last:
+                    if reading.offset == at and not fresh:
+                        return _After.MORE  # a line that is longer than what was left of this arena
+                    continue
+            elif reading.guard and mtime_ns != reading.checked_ns and not reading.stands():
+                return self._cut(reading, before, steps)  # written anew, and as long as before
+            reading.checked_ns = mtime_ns
+            return _After.END
+
+    def _is_under_another_hole(self, reading: Reading) -> bool:
+        """Whether all that was read is a hole, and a copy tells that the file was cut and has another hole now."""
+        if any(reading.guard) or any(reading.head) or reading.behind or reading is not self._readings[-1]:
+            return False
+        assert reading.contents is not None
+        present = Resume(reading.info, reading.as_entry())
+        copy = self._beside.copy_of(present, self.identities, self._all_read())
+        if copy is None:
+            return False
         try:
-            fd, status = open_regular(self.path)
-        except FileNotFoundError:
-            # Renamed, and its name not taken yet?
-            old = self._find() if self._known else None
-            if old is None:
-                raise
-            fd, status = old, os.fstat(old)
-            self._behind = True
-        same = (status.st_dev, status.st_ino) == self._identity
-        if self._known and not self._behind and not (same and self._continues(fd, status)):
-            # First the file itself, under another name: many logs begin alike, and little may have been read of it.
-            old = self._find()
-            if old is not None:
-                os.close(fd)
-                fd, self._behind = old, True
-                status = os.fstat(fd)
-            elif same or not self._continues(fd, status):
-                if self.offset or self.size:
-                    self._gap(steps, GapReason.TRUNCATED if same else GapReason.UNLINKED)
-                self._begin(steps, status)
-        elif not self._known:
-            start, self._renamed = self._renamed, None
-            self._begin(steps, status, 0 if start is None else start.resume_off)
-            resumed = start is not None
-        self._fd, self._identity = fd, (status.st_dev, status.st_ino)
-        if resumed and self.offset:
-            self._guard = read_at(fd, max(0, self.offset - GUARD_BYTES), min(self.offset, GUARD_BYTES))
-            steps.append(Seen(self.source_id, read_at(fd, 0, min(self.offset, HEAD_BYTES)), self._guard))
-        if not self._follow:
-            self._upto = status.st_size
+            return not is_beginning(copy, reading.contents, reading.offset)
+        finally:
+            copy.close()
 
-    def _continues(self, fd: int, status: os.stat_result) -> bool:
-        """Whether this file begins with what was read; the inode alone proves nothing, for they are used again."""
-        if status.st_size < self.offset:
+    # --- from one file to the next ------------------------------------------------------------------------------------
+
+    def _turn(self, steps: list[Step], *, final: bool) -> bool:
+        """All that is there was read: whether there is more to read by now, in another file or of a last line."""
+        now = self._clock()
+        for old in self._readings[:-1]:
+            if now - old.grew < self._linger or self._waits(old):
+                old.ended = False
+                continue
+            if old.lag and not old.ended:
+                old.ended = True
+                return True
+            self._let_go(old)
+        newest = self._readings[-1]
+        if self._waits(newest):
             return False
-        if not self.offset and (status.st_dev, status.st_ino) != self._identity:
-            return False  # nothing was read of it that could tell, but there may have been the beginning of a line
-        if self._resume is None:
-            return self._is_same(fd)
-        guard = holds(fd, self._resume.entry)
-        if guard is None:
+        if self._out.current not in self._readings:
+            self._out.select(newest, steps)  # so that whoever goes on from here looks for this one
+        if not (self._follow or newest.behind) or not self._is_replaced(newest):
             return False
-        self._guard, self._resume = guard, None
+        if newest.lag and not newest.ended:
+            if not final and now - newest.grew < min(self._linger, _QUIET):
+                return False  # a line whose end may be on its way
+            newest.ended = True
+            return True
+        following = self._following(newest)
+        if not following:
+            return False
+        if newest.offset < newest.owed:
+            self._out.gap(newest, steps, GapReason.TRUNCATED, newest.owed)
+        newest.ended, newest.grew = False, now
+        self._remember(newest)
+        self._readings += following
+        if not self._linger or newest.owed:
+            self._let_go(newest)
+        self._out.select(following[0], steps)
         return True
 
-    def _is_same(self, fd: int | None = None) -> bool:
-        """Whether what stands before the offset is what was read there."""
-        guard = len(self._guard)
-        return read_at(self._fd if fd is None else fd, self.offset - guard, guard) == self._guard
-
-    def _entry(self) -> CommitEntry:
-        """How to know the present file again."""
-        guard, size = self._guard, self.size
-        return CommitEntry(
-            self.source_id, 0, 0, self.offset, 0, size, self.mtime_ns, 0, len(guard), self._open, b"", digest(guard)
-        )
-
-    def _find(self) -> int | None:
-        """The descriptor of the file that was read, under whatever name it has in its folder now."""
-        for path in _same_inode(os.path.dirname(self.path), self._identity):
-            try:
-                fd, status = open_regular(path)
-            except OSError:
-                continue
-            if self._continues(fd, status):
-                return fd
-            os.close(fd)
-        return None
-
-    def _replaced(self) -> bool:
-        """Whether the name belongs to another file now, with something in it."""
-        try:
-            status = os.stat(self.path)
-        except OSError:
-            return False
-        identity = status.st_dev, status.st_ino
-        return identity != self._identity and status.st_size > 0 and not self._taken(self.path, identity)
-
-    def _begin(self, steps: list[Step], status: os.stat_result, start: int = 0) -> None:
-        self._identity = (status.st_dev, status.st_ino)
-        self.offset, self._guard, self._open, self._resume = start, b"", EntryFlag.NONE, None
-        self.size, self.mtime_ns = status.st_size, status.st_mtime_ns
-        path = os.fsencode(self.path)
-        info = SourceInfo(status.st_dev, status.st_ino, 0, start, Compression.NONE, path)
-        steps.append(Begin(self.source_id, info, first=not self._known))
-        self._known = True
-
-    def _begin_next(self, steps: list[Step]) -> None:
-        self._fd, status = open_regular(self.path)
-        self._behind = False
-        self._begin(steps, status)
-        if not self._follow:
-            self._upto = status.st_size
-
-    def _restart(self, steps: list[Step], reason: GapReason) -> None:
-        """The open file is not what it was: what was not read of it is gone."""
-        self._gap(steps, reason)
-        self._begin(steps, os.fstat(self._fd))
-        if self._upto is not None:
-            self._upto = self.size
-
-    def _gap(self, steps: list[Step], reason: GapReason) -> None:
-        steps.append(Gap(self.source_id, GapInfo(self.offset, NONE_U64, NONE_U64, reason)))
-
-
-def holds(fd: int, entry: CommitEntry) -> bytes | None:
-    """Whether an open file begins with what was read of it by head and guard: then the guard's bytes, else None."""
-    guard = read_at(fd, entry.resume_off - entry.guard_len, entry.guard_len)
-    head = read_at(fd, 0, entry.head_len)
-    if (entry.guard_len and digest(guard) != entry.guard) or (entry.head_len and digest(head) != entry.head):
-        return None
-    return guard
-
-
-def is_former(path: str, entry: CommitEntry) -> bool:
-    """Whether this file is one that was read already, under another name; its inode may belong to a new one."""
-    try:
-        fd, status = open_regular(path)
-    except OSError:
-        return False
-    try:
-        return status.st_size >= entry.resume_off and holds(fd, entry) is not None
-    finally:
-        os.close(fd)
-
-
-def _same_inode(folder: str, identity: tuple[int, int] | None) -> Iterator[str]:
-    try:
-        entries = list(os.scandir(folder))
-    except OSError:
-        return
-    for entry in entries:
-        try:
-            status = entry.stat()
-        except OSError:
-            continue
-        if (status.st_dev, status.st_ino) == identity:
-            yield entry.path
+    def _cut(self, reading: Reading, before: int, steps: list[Step]) -> _After:
+        """The file is not what it was, `before` bytes long: what was not read of it is gone, unless there is a copy."""
+        assert reading.contents is not None
+        if reading is not self._readings[-1]:
+            if before > reading.offset:
+                self._out.gap(reading, steps, GapReason.TRUNCATED)
+            self._let_go(reading)
+            return _After.OTHERS
+        reading.size = before
+        present = Resume(reading.info, reading.as_entry())
+        copy = self._beside.copy_of(present, self.identities, self._all_read())
+        if copy is not None:
+            reading.contents.close()
+            reading.contents, reading.behind, reading.owed = copy, True, before
+            reading.size = reading.offset
+            self._upto(reading)
+            return _After.OTHERS
+        contents = reading.contents
+        between: list[Reading] = []
+        if self._has_name(contents):  # otherwise what is beside it came after it: its turn comes
+            # Of a file of which nothing was read only the time tells which copies are older.
+            since_ns = 0 if reading.offset else reading.mtime_ns - 1
+            between = self._between(present, contents, self.identities, since_ns)
+            asks = not between and reading is self._out.current
+            start = self._left_of(present, contents, live=True) if asks else 0
+            if start is None:
+                return _After.END
+            if start:
+                self._go_on_in(reading, contents, start, steps)
+                return _After.OTHERS
+        if not reading.offset and not between:
+            self._out.gap(reading, steps, GapReason.TRUNCATED)  # of a line that was only begun; it goes on in place
+            reading.size, reading.mtime_ns = contents.look()
+            return _After.OTHERS
+        if reading.offset or not any(r.contents and r.contents.look()[0] >= before for r in between):
+            self._out.gap(reading, steps, GapReason.TRUNCATED)
+        self._remember(reading)
+        reading.contents = None
+        self._readings[-1:] = [*between, self._upto(reading_of(contents, self.path))]
+        self._out.select(self._readings[-1 - len(between)], steps)
+        return _After.OTHERS

@@ -9,9 +9,8 @@ from fnmatch import fnmatchcase
 from pathlib import PurePath
 
 from ..errors import PacketError
-from ..files.packet_file import FrameSource
+from ..files.frame_source import FrameSource
 from ..packets.codec import Frame, SourceInfo
-from ..packets.recover import recover
 
 
 def short_names(paths: Iterable[bytes]) -> tuple[str, list[str]]:
@@ -40,7 +39,7 @@ class Names:
 
     def __init__(self, source: FrameSource) -> None:
         try:
-            states = recover(source.read_at, source.size()).ledger.sources
+            states = source.series.recover().ledger.sources
         except PacketError:
             states = {}  # damaged: from the frames, then, as they come
         self._paths = {i: os.fsdecode(state.path) for i, state in states.items()}

@@ -155,6 +155,7 @@ class _Link:
         self._sent = self._durable = 0  # batches
         self._order: asyncio.Lock | None = None
         self._change: asyncio.Condition | None = None
+        self._asked: deque[asyncio.Future[bytes]] = deque()
 
     async def start(self) -> _Link:
         """Connect, and learn where the sources stand.
@@ -174,6 +175,10 @@ class _Link:
     def use(self, function: Callable[[Target], R], /) -> Call[R]:
         """Run a function with the remote packet file, in order; its frames are sent when there is room."""
         return self._thread.run(self._use, function)
+
+    def held(self, source_id: int, start: int, end: int, generation: int | None = None) -> Call[bytes | OSError]:
+        """What the packet file at the server holds of a source, as `PacketFile.held`."""
+        return self._thread.run(self._held, source_id, start, end, generation)
 
     async def flush(self) -> None:
         """Return when everything is on the server's disk. Raises BrokenResourceError: the connection broke before."""
@@ -230,7 +235,11 @@ class _Link:
         assert self._change is not None
         try:
             while True:
-                count = wire.read_durable(await self._receive())
+                payload = await self._receive()
+                if payload[:1] == wire.HELD and self._asked:
+                    self._asked.popleft().set_result(payload[1:])
+                    continue
+                count = wire.read_durable(payload)
                 if not self._durable < count <= self._sent:
                     raise PacketError(f"batch {count} is acknowledged, expected {self._durable + 1} to {self._sent}", 0)
                 while self._durable < count:
@@ -240,6 +249,8 @@ class _Link:
                     self._change.notify_all()
         except OffloadError as exc:
             self._error = exc if isinstance(exc, BrokenResourceError) else BrokenResourceError(str(exc))
+            while self._asked:
+                self._asked.popleft().set_exception(self._error)
             async with self._change:
                 self._change.notify_all()
             self._lost()
@@ -265,6 +276,16 @@ class _Link:
                 framer = self._connection.framer
                 await self._connection.send_frames([part for message in out for part in framer.parts(message)])
             return result
+
+    async def _held(self, source_id: int, start: int, end: int, generation: int | None) -> bytes | OSError:
+        assert self._order is not None
+        assert self._connection is not None
+        async with self._order:
+            self._check()
+            answer: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+            self._asked.append(answer)
+            await self._connection.send(wire.want(source_id, start, end, generation))
+        return await asyncio.shield(answer)  # it comes, whoever waits: the next one must not get it
 
     async def _flushed(self) -> None:
         assert self._change is not None

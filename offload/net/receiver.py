@@ -28,7 +28,7 @@ from ..files.intake import DONE
 from ..files.packet_file import PacketFile, Piece
 from ..files.packet_stream import PacketWriter
 from ..packets.codec import CommitEntry, Frame, GapInfo, SourceInfo
-from ..packets.format import GUARD_BYTES, HEAD_BYTES, NONE_U64, FrameType
+from ..packets.format import GUARD_BYTES, HEAD_BYTES, NONE_U64, FrameType, GapReason
 from ..packets.framer import Packet
 from . import wire
 from .connection import Connection
@@ -38,7 +38,7 @@ BATCH_BYTES = 8 << 20  # that a client may send before the end of its batch
 PATH_BYTES = 64 << 10
 LAST_BYTE = 1 << 62  # no file has more; sums behind it would not fit their fields
 _GRACE = 1.0  # seconds for a connection that is replaced
-_MESSAGES = frozenset((wire.FRAME, wire.SEEN, wire.BATCH))
+_MESSAGES = frozenset((wire.FRAME, wire.SEEN, wire.BATCH, wire.WANT))
 
 
 @dataclass
@@ -153,12 +153,15 @@ class Receiver:
                 batch.append(wire.read_frame(payload[1:]))
             elif kind == wire.SEEN:
                 batch.append(wire.read_seen(payload))
+            elif kind == wire.WANT:
+                await connection.send(wire.HELD + await self._writer.use(source.holding(wire.read_want(payload))))
+                size -= len(payload)
             else:
                 apply = source.applying(batch, wire.read_batch(payload))
                 await self._writer.use(apply)
                 if self._fanout is not None:
                     frames = [item for item in batch if isinstance(item, Frame)]
-                    lines = [Packet(f.payload, 0) for f in frames if f.header.type is FrameType.LINES]
+                    lines = [Packet(f.payload, 0) for f in frames if f.header.type is FrameType.LINES and not f.hole]
                     await self._fanout.forward(lines)
                 batch, size, batches = [], 0, batches + 1
                 self.received.batches += 1
@@ -228,6 +231,17 @@ class _Sources:
 
         return apply
 
+    def holding(self, wanted: tuple[int, int, int, int | None]) -> Callable[[PacketFile], bytes]:
+        number, start, end, generation = wanted
+
+        def holding(file: PacketFile) -> bytes:
+            try:
+                return file.held(self._id(number), start, end, generation)
+            except OSError as exc:
+                raise PacketError(f"what was read of source {number} cannot be compared: {exc}", 0) from exc
+
+        return holding
+
     def _id(self, number: int) -> int:
         if number >= len(self._ids):
             raise PacketError(f"source {number} is not begun, known are {len(self._ids)}", 0)
@@ -251,6 +265,8 @@ class _Sources:
                 gap = GapInfo.unpack(frame)
                 if LAST_BYTE < gap.end != NONE_U64:
                     raise PacketError(f"gap ends at byte {gap.end}, where no file does", 0)
+                if gap.reason is GapReason.DAMAGED:
+                    raise PacketError("gap of a damaged packet file, which a client does not have", 0)
                 file.gap(frame.header.source_id, gap)
             else:
                 header = frame.header
@@ -266,6 +282,8 @@ class _Sources:
                 raise PacketError(
                     f"generation {header.generation} of {info.path!r} does not follow {state.generation}", 0
                 )
+            if info.before is not None:
+                state.size, state.mtime_ns = info.before.size, info.before.mtime_ns
             file.open_source(info._replace(path=state.path), state.source_id)
             return
         path = self._prefix + info.path

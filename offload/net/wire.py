@@ -7,7 +7,9 @@
     client ► server   FRAME  a SOURCE, LINES or GAP frame of the packet file's layout (`packets/format.py`)
                       SEEN   source, head, guard          the bytes that a source is known by
                       BATCH  source, size, mtime, …       ends a batch: it goes into the file in one system call
+                      WANT   source, generation, range    between batches: what the file has of a shorter log
     server ► client   DURABLE count                       so many batches of this connection are on the disk
+                      HELD   bytes                        the answer to WANT; none: it does not have all of them
                       REPLACED                        another connection has this name now: do not come back
                       REFUSED text                        why the connection ends
 
@@ -29,11 +31,14 @@ from ..packets.format import ENTRY_STRUCT, Flag, FrameType
 HELLO_MAGIC = b"\xffoffload send 1\0"  # 0xFF and NUL: no pickle, no text begins so
 NAME_BYTES = 255
 STATE, FORMER, READY, DURABLE, REPLACED, REFUSED = b"S", b"G", b"R", b"D", b"T", b"E"
-FRAME, SEEN, BATCH = b"F", b"N", b"B"
+FRAME, SEEN, BATCH, WANT, HELD = b"F", b"N", b"B", b"W", b"H"
+WANT_BYTES = 4 << 20  # that may be asked for at once
 
 _SEEN = struct.Struct("<IHH")
 _STAT = struct.Struct("<IQQ")
 _COUNT = struct.Struct("<Q")
+_WANT = struct.Struct("<IIQQ")
+_PRESENT = 0xFFFF_FFFF  # in place of a generation's number
 
 
 class Known(NamedTuple):
@@ -136,6 +141,18 @@ def read_durable(payload: bytes) -> int:
     """Raises PacketError."""
     (count,) = _unpack(_COUNT, payload)
     return int(count)
+
+
+def want(source_id: int, start: int, end: int, generation: int | None) -> bytes:
+    return WANT + _WANT.pack(source_id, _PRESENT if generation is None else generation, start, end)
+
+
+def read_want(payload: bytes) -> tuple[int, int, int, int | None]:
+    """Source, range and generation. Raises PacketError."""
+    source_id, generation, start, end = _unpack(_WANT, payload)
+    if not 0 < end - start <= WANT_BYTES:
+        raise PacketError(f"bytes {start} to {end} are wanted, expected 1 to {WANT_BYTES} bytes", 0)
+    return source_id, start, end, None if generation == _PRESENT else generation
 
 
 def refused(reason: str) -> bytes:

@@ -6,7 +6,7 @@
 
 Promises: bytes from outside end in frames or in a PacketError that names the byte, never in another exception; a
 damaged length is never followed; the decoder holds at most one frame (16 MiB and its header) and what the last `feed`
-brought.
+brought, twice that while it looks through damage. Time is linear in bytes there too, whatever looks like headers.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from .format import (
     HEADER_BYTES,
     HEADER_CRC,
     HEADER_CRC_AT,
+    HOLE_STRUCT,
     MAGIC,
     MAX_PAYLOAD,
     SOURCE_STRUCT,
@@ -37,6 +38,7 @@ from .format import (
     FrameType,
     GapReason,
 )
+from .sums import STEP, Sums
 
 Buffer = bytes | bytearray | memoryview
 
@@ -134,7 +136,7 @@ def unpack_header(data: Buffer, at: int = 0, *, offset: int = 0) -> Header:
 
 _TYPES = {int(t): t for t in FrameType}
 # An int, because ~ of a Flag is only the other flags that have a name, and an unnamed bit would pass.
-_KNOWN_FLAGS = int(Flag.FIRST | Flag.MIDDLE | Flag.LAST | Flag.UNTERMINATED | Flag.TABLE)
+_KNOWN_FLAGS = int(Flag.FIRST | Flag.MIDDLE | Flag.LAST | Flag.UNTERMINATED | Flag.TABLE | Flag.HOLE | Flag.RESTATED)
 
 
 @dataclass(slots=True, frozen=True)
@@ -151,7 +153,7 @@ class Frame:
 
     def lines(self) -> list[bytes]:
         """The pieces of a LINES frame between line ends, each with its LF where it has one."""
-        if not self.payload:
+        if not self.payload or self.header.flags & Flag.HOLE:
             return []
         *whole, rest = self.payload.split(b"\n")
         return [line + b"\n" for line in whole] + ([rest] if rest else [])
@@ -182,9 +184,32 @@ class Frame:
             )
         return out
 
+    @property
+    def hole(self) -> int:
+        """How many NULs of the source this frame stands for; 0: none.
+
+        Raises:
+            PacketError: a HOLE frame that does not hold one length.
+        """
+        return hole_len(self.header, self.payload, self.offset)
+
     def content(self) -> bytes:
-        """The source's own bytes: the payload, without a table of lengths."""
+        """The source's own bytes: the payload, without a table of lengths; of a hole, which may be huge, none."""
+        if self.header.flags & Flag.HOLE:
+            return b""
         return self.payload[4 * self.header.count :] if self.header.flags & Flag.TABLE else self.payload
+
+
+def hole_len(header: Header, payload: Buffer, offset: int = 0) -> int:
+    """As `Frame.hole`."""
+    if not header.flags & Flag.HOLE:
+        return 0
+    if len(payload) != HOLE_STRUCT.size:
+        raise PacketError(f"HOLE payload is {len(payload)} bytes, expected {HOLE_STRUCT.size}", offset)
+    (length,) = HOLE_STRUCT.unpack(payload)
+    if header.source_off + length >= 1 << 63:
+        raise PacketError(f"hole of {length} bytes at byte {header.source_off} of its source ends behind 2**63", offset)
+    return int(length)
 
 
 def encode(type: FrameType, payload: Buffer, **fields: int) -> bytes:
@@ -269,6 +294,8 @@ class PacketDecoder:
         self._on_damage = on_damage
         self._header: Header | None = None  # of the frame at _at, once it is there
         self._damage: tuple[int, str] | None = None  # where the present damage began
+        self._sums: Sums | None = None  # while looking through bytes that were summed in vain, up to:
+        self._summed = 0
         self._error: PacketError | None = None
 
     @property
@@ -298,12 +325,23 @@ class PacketDecoder:
             if not frames:
                 raise
         if self._at:
-            # What is left came with this feed, so each byte moves once at most and feeding stays linear. A new buffer,
-            # as `del` at the front would keep the room of what was consumed.
-            self._buffer = self._buffer[self._at :]
-            self._base += self._at
-            self._at = 0
+            self._drop()
         return frames
+
+    def _drop(self) -> None:
+        """Let go of what was consumed. A new buffer, as `del` at the front would keep its room."""
+        place = self.offset
+        kept = place
+        if self._sums is not None and place < self._summed:
+            # What is left may have waited here for long; so it moves only if it is less than what goes.
+            if 2 * self._at < len(self._buffer):
+                return
+            with memoryview(self._buffer) as view:
+                kept = self._sums.forget(view, self._base, place)
+        else:
+            self._sums = None  # what is left came with this feed, so each byte moves once at most: linear too
+        self._buffer = self._buffer[kept - self._base :]
+        self._base, self._at = kept, place - kept
 
     def close(self) -> list[Frame]:
         """Say that no more bytes come.
@@ -344,20 +382,29 @@ class PacketDecoder:
             end = self._at + self._header.frame_len
             if len(self._buffer) < end:
                 return
-            payload = bytes(memoryview(self._buffer)[self._at + HEADER_BYTES : end])
             header, start = self._header, self.offset
-            found = crc32(payload)
+            found = self._crc(self._at + HEADER_BYTES, end)
             if found != header.payload_crc:
                 # The length is sound (the header's checksum holds), yet bytes may have been lost or put in between:
                 # so look for the next header from here, not from the end that the length names.
                 self._header = None
                 self._fail(f"payload checksum is {found:08x}, expected {header.payload_crc:08x}")
+                self._sums = self._sums or Sums(start)
+                self._summed = max(self._summed, self._base + end)
                 self._at += 1
                 continue
+            payload = bytes(memoryview(self._buffer)[self._at + HEADER_BYTES : end])
             if self._damage is not None:
                 self._end_damage(start)
             self._header, self._at = None, end
             yield Frame(start, header, payload)
+
+    def _crc(self, start: int, end: int) -> int:
+        """Of these bytes of the buffer; those that were summed before, for a payload that is none, are not again."""
+        with memoryview(self._buffer) as view:
+            if self._sums is None or end - start <= STEP or self.offset >= self._summed:
+                return crc32(view[start:end])
+            return self._sums.crc(view, self._base, self._base + start, self._base + end)
 
     def _skip_to_magic(self) -> bool:
         """Move to the next place that may be a header; False: the buffer holds none, and a possible start is kept."""
@@ -397,7 +444,7 @@ class FileInfo(NamedTuple):
 
     @classmethod
     def unpack(cls, frame: Frame) -> FileInfo:
-        file_id, segment, chain = _unpack(FILE_STRUCT, frame, "FILE")
+        file_id, segment, chain = unpack_payload(FILE_STRUCT, frame, "FILE")
         return cls(file_id, segment, chain, frame.payload[FILE_STRUCT.size :].decode(errors="replace"))
 
 
@@ -410,20 +457,25 @@ class SourceInfo(NamedTuple):
     path: bytes
     before: CommitEntry | None = None
     """How the generation before ended; None in a source's first one, and there only."""
+    stands: CommitEntry | None = None
+    """Where this generation stands, if the frame only states it again (RESTATED)."""
 
     def pack(self) -> bytes:
-        before = b"" if self.before is None else ENTRY_STRUCT.pack(*self.before)
-        return SOURCE_STRUCT.pack(*self[:5]) + before + self.path
+        entries = b"".join(ENTRY_STRUCT.pack(*entry) for entry in self[6:] if entry is not None)
+        return SOURCE_STRUCT.pack(*self[:5]) + entries + self.path
 
     @classmethod
     def unpack(cls, frame: Frame) -> SourceInfo:
-        device, inode, birth, start, compression = _unpack(SOURCE_STRUCT, frame, "SOURCE")
+        device, inode, birth, start, compression = unpack_payload(SOURCE_STRUCT, frame, "SOURCE")
         kind = _enum(Compression, compression, frame, "compression")
-        at, before = SOURCE_STRUCT.size, None
+        at, before, stands = SOURCE_STRUCT.size, None, None
         if frame.header.generation:
-            before = CommitEntry.make(_unpack(ENTRY_STRUCT, frame, "SOURCE", at))
+            before = CommitEntry.make(unpack_payload(ENTRY_STRUCT, frame, "SOURCE", at))
             at += ENTRY_STRUCT.size
-        return cls(device, inode, birth, start, kind, frame.payload[at:], before)
+        if frame.header.flags & Flag.RESTATED:
+            stands = CommitEntry.make(unpack_payload(ENTRY_STRUCT, frame, "SOURCE", at))
+            at += ENTRY_STRUCT.size
+        return cls(device, inode, birth, start, kind, frame.payload[at:], before, stands)
 
 
 class GapInfo(NamedTuple):
@@ -432,12 +484,17 @@ class GapInfo(NamedTuple):
     lines: int
     reason: GapReason
 
+    @property
+    def is_loss(self) -> bool:
+        """Whether bytes are lost by it; False: a REGRESSION, and the packet file has all that anybody knows of."""
+        return self.reason is not GapReason.REGRESSION or self.end != self.start
+
     def pack(self) -> bytes:
         return GAP_STRUCT.pack(*self)
 
     @classmethod
     def unpack(cls, frame: Frame) -> GapInfo:
-        start, end, lines, reason = _unpack(GAP_STRUCT, frame, "GAP")
+        start, end, lines, reason = unpack_payload(GAP_STRUCT, frame, "GAP")
         return cls(start, end, lines, _enum(GapReason, reason, frame, "gap reason"))
 
 
@@ -477,7 +534,7 @@ class CommitInfo(NamedTuple):
 
     @classmethod
     def unpack(cls, frame: Frame) -> CommitInfo:
-        durable, previous, total, chain, count, full = _unpack(COMMIT_STRUCT, frame, "COMMIT")
+        durable, previous, total, chain, count, full = unpack_payload(COMMIT_STRUCT, frame, "COMMIT")
         expected = COMMIT_STRUCT.size + count * ENTRY_STRUCT.size
         if len(frame.payload) != expected:
             raise PacketError(f"COMMIT payload is {len(frame.payload)} bytes, expected {expected}", frame.offset)
@@ -485,7 +542,8 @@ class CommitInfo(NamedTuple):
         return cls(durable, previous, total, chain, bool(full), tuple(entries))
 
 
-def _unpack(layout: struct.Struct, frame: Frame, what: str, at: int = 0) -> tuple[Any, ...]:
+def unpack_payload(layout: struct.Struct, frame: Frame, what: str, at: int = 0) -> tuple[Any, ...]:
+    """Of a frame's payload, from `at` on. Raises PacketError: it is too short."""
     if len(frame.payload) < at + layout.size:
         raise PacketError(
             f"{what} payload is {len(frame.payload)} bytes, expected at least {at + layout.size}", frame.offset

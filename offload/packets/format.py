@@ -1,7 +1,8 @@
 """The packet file (.opk), version 1: what every byte means.
 
 One append-only file holds the packets of many sources. It is its own registry: where each source was read up to
-stands in the same checksummed frame as the bytes, so data and offset cannot disagree. There is no second file.
+stands in the same checksummed frame as the bytes, so data and offset cannot disagree. There is no second file. Where
+it is written in segments, each is such a file, and the newest alone is enough to go on (see the end of this page).
 
 Everything is little-endian. Each frame is a 64-byte header and then `payload_len` bytes:
 
@@ -23,7 +24,8 @@ Everything is little-endian. Each frame is a 64-byte header and then `payload_le
         60    4 header_crc    CRC-32 of bytes 0 to 59: a damaged length is never followed
 
 Line k of a LINES frame is packet (source_id, seq + k). A frame holds a run of whole lines, however many, for 64 bytes.
-`seq` is always the sum of the counts before it, so a reader proves that nothing is missing by adding.
+`seq` is always the sum of the counts before it, so a reader proves that nothing is missing by adding. (Lines that were
+counted and then lost in a damaged packet file are counted by the GAP in their place, reason DAMAGED: see `repair`.)
 
 Lines that do not end in their frame:
     FIRST, MIDDLE, LAST   pieces of one line longer than a frame. FIRST and MIDDLE count 0, LAST counts 1.
@@ -31,12 +33,19 @@ Lines that do not end in their frame:
                           one ever), so a rest that appears later comes as MIDDLE|UNTERMINATED or LAST and counts 0.
     A new generation ends an open line. In a FIRST..MIDDLE run that ends UNTERMINATED, that last piece counts 1.
     Of these flags only MIDDLE and UNTERMINATED stand together.
+    HOLE                  stands alone: the source has a long run of NULs here (a sparse file, a truncation under a
+                          writer without O_APPEND). The payload is its length, u64, and its bytes are not stored. It
+                          counts 0 and neither begins nor ends a line: one that is open goes on behind it.
 
 Payloads (STRUCT below, then the variable part):
     FILE     file id, segment number, chain of the segment before; then what wrote it, UTF-8.
     SOURCE   device, inode, birth time (0: unknown), start offset, compression; in a generation over 0 an entry as in
              COMMIT, which says how the generation before ended; then the path's bytes. Written when a source or a
-             generation of it begins.
+             generation of it begins. With compression, all offsets count unpacked bytes. A generation whose start
+             offset is where an earlier one of the same device and inode ended goes on with that file: lines that came
+             late to a file that had lost its name, or the return from there to the file that has it. One whose start
+             offset is before that end, and not 0, goes on in a file that had lost its end (see GAP): what the file has
+             before it stands in the earlier generation.
     LINES    the source's bytes, verbatim.
     PACKETS  one packet, or with TABLE `count` u32 lengths and then the packets' bytes. `source_off` counts the bytes
              of the packets alone.
@@ -44,12 +53,34 @@ Payloads (STRUCT below, then the variable part):
              far, chain, entries, whether it lists all sources; then an entry for each source changed since the COMMIT
              before (all of them every 64 MiB).
     GAP      source range [from, to) that nobody can recover (from: as `source_off`; to NONE_U64: unknown), best count
-             of lines (NONE_U64: unknown), reason. Bytes that are lost are stated, never passed over.
+             of lines (NONE_U64: unknown), reason. Bytes that are lost are stated, never passed over. REGRESSION: the
+             source became shorter than what is here of it, as after a power cut of its machine, and went on; the next
+             generation begins where it and the bytes here part, so they are here once. With `to` at `from` nothing is
+             lost that anybody knows of.
+    INDEX    places of COMMITs in this segment, at least INDEX_STEP bytes apart: for each, the differences to the one
+             before (the first: to 0) of its offset, its time_ns and the lines before it, as LEB128, the time zigzag.
+    SEAL     offset of the first INDEX frame (NONE_U64: none), lines in this segment, time_ns of its FILE frame, chain.
+             The last frame of a segment; before it stand a COMMIT that lists all sources and the INDEX frames. (One
+             without a payload closes nothing, and a wrong INDEX is no fault: files from before segments may have both.)
 
 A COMMIT's entry holds all that a writer needs to go on: generation, resume offset, next seq, size and mtime, hash and
 length of the head (first bytes, at most HEAD_BYTES) and of the tail guard (bytes before the resume offset, at most
 GUARD_BYTES), and where its SOURCE frame stands. Hashes are BLAKE2b-128. The chain is SHA-256 over the chain before and
-the headers (they hold the payloads' CRCs) of all frames since the COMMIT before.
+the headers (they hold the payloads' CRCs) of all frames since the COMMIT before. It begins with the chain that FILE
+states: that of the segment before as of its SEAL's header, or 32 NULs in segment 0. A SEAL states it as COMMITs do.
+
+Segments. A segment that is sealed is the same bytes with an INDEX and a SEAL behind them, and never changes. The next
+one has the same file id and a segment number that is one more; all offsets and counts of lines begin anew in it, `seq`
+and generations go on. Before its first COMMIT it states each source again, in the order of their ids, by SOURCE frames
+with the flag RESTATED: the generation that the source is at, and before it some of the generations before that one.
+
+    RESTATED  this SOURCE begins nothing: the generation began in an earlier segment. `seq` and `source_off` say where
+              it stands (or ended), and behind the entry of the generation before (which is there in generations over 0)
+              comes one of this generation as it stands. In an entry of a generation that is not stated in this segment
+              `source_frame` is NONE_U64.
+
+A reader that has the segment before finds the same states there; one that has not begins with them. The flag is one
+that readers from before segments refuse, with its number; they read files that have none as ever.
 
 Why some fields stand where they do:
     - The head's hash stands in COMMIT entries, not in SOURCE: it grows with the file, a SOURCE frame does not.
@@ -83,10 +114,13 @@ DIGEST_BYTES = 16
 
 FILE_STRUCT = struct.Struct("<16sI32s")
 SOURCE_STRUCT = struct.Struct("<QQQQB7x")
+SEAL_STRUCT = struct.Struct("<QQQ32s")
 COMMIT_STRUCT = struct.Struct("<QQQ32sIB3x")
 ENTRY_STRUCT = struct.Struct("<IIQQQQQHHI16s16s")
 GAP_STRUCT = struct.Struct("<QQQB7x")
+HOLE_STRUCT = struct.Struct("<Q")
 
+INDEX_STEP = 1 << 20  # what lies between two places is as well searched
 FULL_COMMIT_BYTES = 64 << 20  # a COMMIT at least this often lists all sources, which bounds the walk back in recovery
 
 
@@ -97,7 +131,7 @@ class FrameType(IntEnum):
     SOURCE = 3
     COMMIT = 4
     GAP = 5
-    INDEX = 6  # read over: its checksums are verified, its content is not needed to read the file
+    INDEX = 6  # its content is not needed to read the file: it only shortens the search for a time (`merge/seek.py`)
     SEAL = 7
     NOTE = 8
 
@@ -111,6 +145,7 @@ class Flag(IntFlag):
     TABLE = 16
     ZSTD = 32
     HOLE = 64
+    RESTATED = 128
 
 
 class EntryFlag(IntFlag):

@@ -19,6 +19,7 @@ from .codec import (
     GapInfo,
     Header,
     SourceInfo,
+    hole_len,
 )
 from .format import (
     DIGEST_BYTES,
@@ -29,7 +30,9 @@ from .format import (
     EntryFlag,
     Flag,
     FrameType,
+    GapReason,
 )
+from .sealed import SealInfo
 
 # Of the flags that a frame of this type may have, those that may stand together.
 _FLAGS = {
@@ -40,6 +43,7 @@ _FLAGS = {
         Flag.LAST,
         Flag.UNTERMINATED,
         Flag.MIDDLE | Flag.UNTERMINATED,
+        Flag.HOLE,
     ),
     FrameType.PACKETS: (Flag.NONE, Flag.TABLE),
 }
@@ -70,6 +74,25 @@ class SourceState:
     guard_len: int = 0
     guard_hash: bytes = bytes(DIGEST_BYTES)
 
+    @classmethod
+    def of(cls, info: SourceInfo, entry: CommitEntry) -> SourceState:
+        """As a COMMIT's entry has it, or a SOURCE frame that states it again."""
+        return cls(
+            entry.source_id,
+            info._replace(stands=None),
+            entry.generation,
+            entry.source_frame,
+            entry.resume_off,
+            entry.next_seq,
+            entry.flags,
+            entry.size,
+            entry.mtime_ns,
+            head_len=entry.head_len,
+            head_hash=entry.head,
+            guard_len=entry.guard_len,
+            guard_hash=entry.guard,
+        )
+
     @property
     def path(self) -> bytes:
         return self.info.path
@@ -97,6 +120,9 @@ class SourceState:
 
     def advance(self, header: Header, content: bytes | memoryview) -> None:
         """Take in a LINES or PACKETS frame with these source bytes."""
+        if header.flags & Flag.HOLE:
+            self._pass_hole(hole_len(header, content))
+            return
         if header.source_off < HEAD_BYTES and header.source_off == len(self.head):
             self.head += bytes(content[: HEAD_BYTES - len(self.head)])
         last = bytes(content[-GUARD_BYTES:])
@@ -109,6 +135,13 @@ class SourceState:
             self.open = EntryFlag.OPEN_FRAGMENT
         else:
             self.open = EntryFlag.NONE
+
+    def _pass_hole(self, length: int) -> None:
+        if self.resume_off < HEAD_BYTES and self.resume_off == len(self.head):
+            self.head += bytes(min(length, HEAD_BYTES - len(self.head)))
+        if length:
+            self.tail = (self.tail + bytes(min(length, GUARD_BYTES)))[-GUARD_BYTES:]
+        self.resume_off += length
 
 
 @dataclass(slots=True)
@@ -125,6 +158,7 @@ class Ledger:
     last_commit: int = NONE_U64
     last_full: int = NONE_U64
     durable_upto: int = 0
+    sealed: bool = False  # a SEAL has closed this segment
     changed: set[int] = field(default_factory=set)  # sources since the last COMMIT
     # With the frames since. No part of what two ledgers compare: a hash object equals none but itself.
     _chain: hashlib._Hash = field(default_factory=lambda: hashlib.sha256(bytes(32)), compare=False)
@@ -133,9 +167,9 @@ class Ledger:
         """The chain that a COMMIT written now must state."""
         return self._chain.digest()
 
-    def commit(self, durable_upto: int) -> CommitInfo:
-        """The COMMIT that is due at `end`."""
-        full = self.last_full == NONE_U64 or self.end - self.last_full >= FULL_COMMIT_BYTES
+    def commit(self, durable_upto: int, *, full: bool = False) -> CommitInfo:
+        """The COMMIT that is due at `end`; `full`: it must list all sources."""
+        full = full or self.last_full == NONE_U64 or self.end - self.last_full >= FULL_COMMIT_BYTES
         listed = self.sources if full else sorted(self.changed)
         return CommitInfo(
             durable_upto,
@@ -151,6 +185,8 @@ class Ledger:
         header = frame.header
         if (self.info is None) != (header.type is FrameType.FILE):
             yield "no FILE frame at the start" if self.info is None else "a second FILE frame"
+        if self.sealed:
+            yield "stands behind the SEAL, which is a segment's last frame"
         if header.prev_len != self.prev_len:
             yield f"names a frame of {header.prev_len} bytes before it, found one of {self.prev_len}"
         if header.epoch != self.epoch and header.type not in (FrameType.FILE, FrameType.COMMIT):
@@ -164,6 +200,17 @@ class Ledger:
         match header.type:
             case FrameType.LINES | FrameType.PACKETS | FrameType.GAP:
                 yield from self._source_faults(frame, state)
+            case FrameType.SOURCE if header.flags & Flag.RESTATED:
+                yield from self._restated_faults(frame, state)
+            case FrameType.SEAL if frame.payload:
+                seal = SealInfo.unpack(frame)
+                found_chain = self.next_chain()
+                if seal.chain != found_chain:
+                    yield f"chain is {seal.chain.hex()[:16]}…, found {found_chain.hex()[:16]}…: a frame was changed"
+                if seal.lines != self.total_lines:
+                    yield f"counts {seal.lines} lines in the segment, found {self.total_lines}"
+                if self.changed:
+                    yield "seals what no COMMIT lists"
             case FrameType.SOURCE:
                 expected = 0 if state is None else state.generation + 1
                 if state is None and header.source_id != len(self.sources):
@@ -177,11 +224,27 @@ class Ledger:
                 if before is not None and before.source_id != header.source_id:
                     yield f"source {header.source_id} has the end of source {before.source_id} before it"
                 elif before is not None and state is not None:
-                    yield from _entry_faults(before, state)
+                    yield from entry_faults(before, state)
             case FrameType.COMMIT:
                 yield from self._commit_faults(frame)
             case _:
                 pass
+
+    def _restated_faults(self, frame: Frame, state: SourceState | None) -> Iterator[str]:
+        header, info = frame.header, SourceInfo.unpack(frame)
+        name, stands = f"source {header.source_id}", info.stands
+        assert stands is not None
+        if self.last_commit != NONE_U64:
+            yield f"{name} is stated again behind the first COMMIT"
+        if state is None and header.source_id != len(self.sources):
+            yield f"states source {header.source_id} again, expected {len(self.sources)}"
+        if state is not None and header.generation != state.generation + 1:
+            yield f"{name} is stated again at generation {header.generation}, expected {state.generation + 1}"
+        found = header.source_id, header.generation, header.seq, header.source_off
+        if (stands.source_id, stands.generation, stands.next_seq, stands.resume_off) != found:
+            yield f"{name} is stated again with an entry of another place"
+        if state is not None and info.before is not None:
+            yield from entry_faults(info.before, state)
 
     def _source_faults(self, frame: Frame, state: SourceState | None) -> Iterator[str]:
         header = frame.header
@@ -197,6 +260,9 @@ class Ledger:
             yield f"{name} is at its byte {header.source_off}, expected {state.resume_off}"
         if header.flags not in _FLAGS.get(header.type, (header.flags,)):
             yield f"{name} has {header.type.name} with flags {int(header.flags):#x}, which do not stand together"
+        elif header.flags & Flag.HOLE:
+            if header.count:
+                yield f"{name} counts {header.count} lines in a hole, expected 0"
         elif header.type is FrameType.LINES:
             goes_on = bool(header.flags & (Flag.MIDDLE | Flag.LAST))
             if goes_on and not state.open:
@@ -207,7 +273,7 @@ class Ledger:
                 yield f"{name} begins a line inside another"
             elif not goes_on and state.open is EntryFlag.OPEN_LINE:
                 yield f"{name} begins a line inside one that was counted, expected MIDDLE or LAST"
-            found = _line_ends(frame.payload, header.flags, state.open)
+            found = line_ends(frame.payload, header.flags, state.open)
             if header.count != found:
                 yield f"{name} counts {header.count} lines, found {found}"
         elif header.type is FrameType.PACKETS and not header.flags and header.count != 1:
@@ -241,7 +307,7 @@ class Ledger:
             if state is None:
                 yield f"lists source {entry.source_id}, which has no SOURCE frame"
             else:
-                yield from _entry_faults(entry, state)
+                yield from entry_faults(entry, state)
 
     def may_follow(self, header: Header) -> bool:
         """Whether a frame of this run, or the first of a new one, has this header; its payload may not be there."""
@@ -253,7 +319,7 @@ class Ledger:
         """Take in the frame at `offset`, whether or not it has faults.
 
         Raises:
-            PacketError: the payload of a FILE, SOURCE, COMMIT or GAP frame cannot be read.
+            PacketError: the payload of a FILE, SOURCE, COMMIT, GAP or SEAL frame, or of a hole, cannot be read.
         """
         match header.type:
             case FrameType.LINES | FrameType.PACKETS:
@@ -267,28 +333,43 @@ class Ledger:
                 self.changed.add(header.source_id)
             case FrameType.SOURCE:
                 info = SourceInfo.unpack(Frame(offset, header, bytes(payload)))
-                self.sources[header.source_id] = SourceState(
-                    header.source_id, info, header.generation, offset, info.start_off, header.seq
-                )
+                if info.stands is not None:
+                    state = SourceState.of(info, info.stands._replace(source_frame=offset))
+                else:
+                    state = SourceState(header.source_id, info, header.generation, offset, info.start_off, header.seq)
+                self.sources[header.source_id] = state
                 self.changed.add(header.source_id)
             case FrameType.GAP:
                 gap = GapInfo.unpack(Frame(offset, header, bytes(payload)))
                 state = self.sources.get(header.source_id)
+                if state is not None and gap.reason is GapReason.DAMAGED and gap.lines != NONE_U64:
+                    state.next_seq += gap.lines
                 if state is not None and gap.end != NONE_U64:
+                    if gap.end != state.resume_off:  # otherwise what stands before it is what stood there
+                        state.tail, state.guard_len, state.guard_hash = b"", 0, bytes(DIGEST_BYTES)
                     state.resume_off = gap.end
-                    state.tail, state.guard_len, state.guard_hash = b"", 0, bytes(DIGEST_BYTES)
                     state.open = EntryFlag.NONE
                 self.changed.add(header.source_id)
             case FrameType.FILE:
                 self.info = FileInfo.unpack(Frame(offset, header, bytes(payload)))
+                self.chain = self.info.previous_chain
+                self._chain = hashlib.sha256(self.chain)
             case FrameType.COMMIT:
                 commit = CommitInfo.unpack(Frame(offset, header, bytes(payload)))
                 self.chain, self.durable_upto = commit.chain, commit.durable_upto
                 self._chain = hashlib.sha256(commit.chain)
                 self.last_commit = offset
+                for entry in commit.entries:  # what no other frame tells
+                    if entry.source_id in self.sources:
+                        state = self.sources[entry.source_id]
+                        state.size, state.mtime_ns = entry.size, entry.mtime_ns
                 if commit.full:
                     self.last_full = offset
                 self.changed.clear()
+            case FrameType.SEAL if payload:
+                self.chain = SealInfo.unpack(Frame(offset, header, bytes(payload))).chain
+                self._chain = hashlib.sha256(self.chain)
+                self.sealed = True
             case _:
                 pass
         self._chain.update(header_bytes)
@@ -296,7 +377,8 @@ class Ledger:
         self.end = offset + header.frame_len
 
 
-def _entry_faults(entry: CommitEntry, state: SourceState) -> Iterator[str]:
+def entry_faults(entry: CommitEntry, state: SourceState) -> Iterator[str]:
+    """What contradicts that a source stands where this entry says."""
     found = state.generation, state.resume_off, state.next_seq
     if (entry.generation, entry.resume_off, entry.next_seq) != found:
         yield (
@@ -321,13 +403,17 @@ def _read_payload(frame: Frame) -> None:
             CommitInfo.unpack(frame)
         case FrameType.GAP:
             GapInfo.unpack(frame)
+        case FrameType.SEAL if frame.payload:
+            SealInfo.unpack(frame)
         case FrameType.PACKETS:
             frame.packets()
+        case FrameType.LINES:
+            hole_len(frame.header, frame.payload, frame.offset)
         case _:
             pass
 
 
-def _line_ends(payload: bytes, flags: Flag, before: EntryFlag) -> int:
+def line_ends(payload: bytes, flags: Flag, before: EntryFlag) -> int:
     """How many lines a LINES frame with these flags must count, after what `before` says (see `format.py`)."""
     if flags & Flag.UNTERMINATED:
         # The last piece counts unless it goes on a line that an UNTERMINATED frame has counted already.

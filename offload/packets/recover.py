@@ -8,6 +8,11 @@ caller gives it `read_at`; nothing here opens a file.
                       ▲ entries of all       ▲ changed            ▲ changed  ▲ replayed ▲ cut
                       └──────────────────────┴── previous_commit ─┘
 
+A COMMIT is good for that if all that stands before it was on the disk when the last one was written, which says so in
+`durable_upto`: a power cut may take any page behind and keep the COMMIT. Otherwise it is one of the frames that are
+replayed, behind an earlier one. As a writer that syncs at all never has more than 64 MiB unsynced, one that stands over
+_CHECKED bytes before the end is good too; so a file that was never synced is not read whole.
+
 A log line may hold bytes that look like a COMMIT. One is believed only if walking frame by frame from the COMMIT that
 it names as the one before lands on it, and such a walk jumps over payloads. Lines full of them cost recovery one walk
 over all headers and little more. (Who can read the packet file and write into a log can still forge a whole chain of
@@ -19,7 +24,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from zlib import crc32
 
 from ..errors import PacketError
@@ -39,6 +44,7 @@ from .format import (
     HEADER_BYTES,
     MAGIC,
     NONE_U64,
+    Flag,
     FrameType,
 )
 from .ledger import Ledger, SourceState
@@ -51,6 +57,8 @@ _COMMIT_BYTES = HEADER_BYTES + COMMIT_STRUCT.size  # of a COMMIT without entries
 # What looking for the last COMMIT may spend on walks, in headers read or 4 KiB of a payload; some seconds. Twice what a
 # true COMMIT can need, for the writer puts one behind 16 MiB, which hold half as many frames if all are empty.
 _EFFORT = 1 << 19
+_CHECKED = 128 << 20  # bytes from the end that may be replayed, although COMMITs are among them
+_FIRST_BYTES = 512  # the first frame of a file, which is synced alone
 
 
 @dataclass(slots=True, frozen=True)
@@ -70,13 +78,17 @@ class Recovery:
             going on from that state is always right if the sources still have what stood behind.
         torn: bytes behind `ledger.end`; without a hole they hold no whole frame and can only be cut (a torn tail).
         hole: set if valid frames stand behind a damaged stretch.
-        behind: the LINES and PACKETS headers found behind the hole, in order.
+        behind: of the LINES and PACKETS headers found behind the hole, for each source the one that ends farthest in
+            it; and the first of those that are of no generation known before the hole, if there is one. So there are no
+            more than sources, whatever the file holds. The payload_len of a hole is the hole's.
+        checked: the COMMIT before the replay. From there on every frame up to `ledger.end` was read and is sound.
     """
 
     ledger: Ledger
     torn: int
     hole: Hole | None = None
     behind: tuple[Header, ...] = ()
+    checked: int = 0
 
 
 def recover(read_at: ReadAt, size: int) -> Recovery:
@@ -91,13 +103,19 @@ def recover(read_at: ReadAt, size: int) -> Recovery:
     start = read_at(0, HEADER_BYTES)
     if not start or (size < HEADER_BYTES and MAGIC.startswith(start[: len(MAGIC)])):
         return Recovery(ledger, size)
+    if size <= _FIRST_BYTES and not any(read_at(0, size)):
+        return Recovery(ledger, size)  # a power cut left its size and not its bytes
     first = unpack_header(start)
     if first.type is not FrameType.FILE:
         raise PacketError(f"found a {first.type.name} frame, expected FILE: no packet file, or not its start", 0)
     commit = _Search(read_at, size).run()
+    durable = 0 if commit is None else CommitInfo.unpack(commit).durable_upto
+    while commit is not None and commit.offset > durable and size - commit.offset < _CHECKED:
+        commit = _Search(read_at, commit.offset).run()
     if commit is not None:
         _restore(ledger, commit, read_at, size)
-    behind: list[Header] = []
+    checked = 0 if commit is None else commit.offset
+    behind: dict[int, Header] = {}
     hole_end = 0
     for frame, raw in _replay(read_at, ledger, size):
         if not hole_end and frame.offset == ledger.end and not any(ledger.faults(frame)):
@@ -105,10 +123,26 @@ def recover(read_at: ReadAt, size: int) -> Recovery:
             continue
         hole_end = hole_end or frame.offset
         if frame.header.type in (FrameType.LINES, FrameType.PACKETS):
-            behind.append(frame.header)
+            _put(behind, frame, ledger)
     if not hole_end:
-        return Recovery(ledger, size - ledger.end)
-    return Recovery(ledger, size - ledger.end, Hole(ledger.end, hole_end), tuple(behind))
+        return Recovery(ledger, size - ledger.end, checked=checked)
+    return Recovery(ledger, size - ledger.end, Hole(ledger.end, hole_end), tuple(behind.values()), checked)
+
+
+def _put(behind: dict[int, Header], frame: Frame, ledger: Ledger) -> None:
+    header = frame.header
+    if header.flags & Flag.HOLE:
+        header = replace(header, payload_len=frame.hole)
+    state = ledger.sources.get(header.source_id)
+    key = header.source_id if state is not None and state.generation == header.generation else -1
+    before = behind.get(key)
+    if before is None or (key >= 0 and _end(header) > _end(before)):
+        behind[key] = header
+
+
+def _end(header: Header) -> int:
+    """Behind which byte of its source a frame ends."""
+    return header.source_off + header.payload_len
 
 
 def _replay(read_at: ReadAt, ledger: Ledger, size: int) -> Iterator[tuple[Frame, bytes]]:
@@ -131,6 +165,11 @@ def _replay(read_at: ReadAt, ledger: Ledger, size: int) -> Iterator[tuple[Frame,
         yield frame, read_at(frame.offset, HEADER_BYTES)
 
 
+def last_commit(read_at: ReadAt, size: int) -> Frame | None:
+    """The last COMMIT that the file's structure confirms, whatever stands behind it; None: there is none."""
+    return _Search(read_at, size).run()
+
+
 def generations(read_at: ReadAt, size: int, state: SourceState) -> Iterator[tuple[SourceInfo, CommitEntry]]:
     """The earlier generations of a source, newest first: which file it was, and how far it was read.
 
@@ -149,7 +188,7 @@ def generations(read_at: ReadAt, size: int, state: SourceState) -> Iterator[tupl
             info = SourceInfo.unpack(frame)
         except PacketError:
             return
-        yield info, before
+        yield info._replace(stands=None), before
         at, generation = frame.offset, generation - 1
 
 
@@ -292,21 +331,7 @@ def _restore(ledger: Ledger, last: Frame, read_at: ReadAt, size: int) -> None:
         source = _frame_at(read_at, e.source_frame, size, FrameType.SOURCE)
         if source is None or (source.header.source_id, source.header.generation) != (source_id, e.generation):
             raise PacketError(f"the SOURCE frame of source {source_id} is damaged", e.source_frame)
-        ledger.sources[source_id] = SourceState(
-            source_id,
-            SourceInfo.unpack(source),
-            e.generation,
-            e.source_frame,
-            e.resume_off,
-            e.next_seq,
-            e.flags,
-            e.size,
-            e.mtime_ns,
-            head_len=e.head_len,
-            head_hash=e.head,
-            guard_len=e.guard_len,
-            guard_hash=e.guard,
-        )
+        ledger.sources[source_id] = SourceState.of(SourceInfo.unpack(source), e)
     file_frame = _frame_at(read_at, 0, size, FrameType.FILE)
     if file_frame is None:
         raise PacketError("the FILE frame is damaged", 0)

@@ -19,6 +19,7 @@ import asyncio
 import hmac
 import threading
 import weakref
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextvars import copy_context
@@ -59,7 +60,7 @@ class VerifierStats(NamedTuple):
     lost: int
 
 
-class Desk:
+class Desk(ABC):
     """One caller: its packets in order, and the results on their way out."""
 
     def __init__(self, owner: Order) -> None:
@@ -76,12 +77,13 @@ class Desk:
         except IndexError:  # a look before might lie: another thread may close the verifier
             return None
 
+    @abstractmethod
     def send(self) -> None:
         """See to it that what is ready is settled; from any thread, not under the lock."""
-        raise NotImplementedError
 
+    @abstractmethod
     def settle(self) -> None:
-        raise NotImplementedError
+        """Give out results."""
 
 
 class ThreadDesk(Desk):

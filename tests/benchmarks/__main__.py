@@ -1,4 +1,4 @@
-"""`python tests/benchmarks [hop|sink|merge|startup|follow|detector|verify|net] …`: offload beside its peers.
+"""`python tests/benchmarks [hop|sink|merge|startup|follow|large|detector|verify|net|torture] …`: beside its peers.
 
 Figures of one machine at one time: compare within a table, not between machines. No test depends on them.
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from measure import Options, Table, machine
 
-BENCHMARKS = ("hop", "sink", "merge", "startup", "follow", "detector", "verify", "net")
+BENCHMARKS = ("hop", "sink", "merge", "startup", "follow", "large", "detector", "verify", "net", "torture")
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from measure import Options, Table, environment, memory_folder, number, offload_command, tell
 
-from offload.files.packet_file import FrameSource
+from offload.files.frame_source import FrameSource
 from offload.packets.format import FrameType
 
 LOOK = 0.0002

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from measure import Figures, Options, Run, Table, memory_folder, offload_command, run_program, shuffled, tell
 
-from offload.files.packet_file import FrameSource
+from offload.files.frame_source import FrameSource
 from offload.packets.format import FrameType
 
 FILES = 5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import itertools
@@ -21,8 +22,11 @@ import pytest
 
 from offload.errors import BusyResourceError, PacketError
 from offload.files import append as append_module
+from offload.files import frame_source
 from offload.files import packet_file as module
-from offload.files.packet_file import FrameSource, PacketFile, Piece
+from offload.files.frame_source import FrameSource
+from offload.files.packet_file import PacketFile, Piece
+from offload.files.series import Plain
 from offload.merge.audit import verify
 from offload.packets.codec import CommitInfo, Damage, Frame, GapInfo, PacketDecoder, SourceInfo, packets_payload
 from offload.packets.format import MAX_PAYLOAD, NONE_U64, Compression, Flag, FrameType, GapReason
@@ -33,6 +37,12 @@ CONTENT = (FrameType.LINES, FrameType.PACKETS, FrameType.GAP, FrameType.SOURCE)
 
 def about(path: bytes) -> SourceInfo:
     return SourceInfo(7, 11, 0, 0, Compression.NONE, path)
+
+
+def fd_of(reader: FrameSource) -> int:
+    last = reader.series._last
+    assert isinstance(last, Plain)
+    return last.fd
 
 
 def frames_of(path: Path) -> list[Frame]:
@@ -363,10 +373,10 @@ def test_a_reader_that_asks_who_writes_keeps_no_writer_out(tmp_path: Path, monke
 
         def done_looking(seconds: float) -> None:
             waits.append(seconds)
-            real(reader._fd, fcntl.LOCK_UN)
+            real(fd_of(reader), fcntl.LOCK_UN)
 
         monkeypatch.setattr(time, "sleep", done_looking)
-        real(reader._fd, fcntl.LOCK_SH | fcntl.LOCK_NB)  # as is_being_written() does, for a moment
+        real(fd_of(reader), fcntl.LOCK_SH | fcntl.LOCK_NB)  # as is_being_written() does, for a moment
         file = PacketFile(path)
         assert reader.is_being_written()
         file.close()
@@ -380,7 +390,7 @@ def test_somebody_who_shares_the_lock_for_good_is_told_as_busy(tmp_path: Path, m
     PacketFile(path).close()
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     with FrameSource(path) as reader:
-        fcntl.flock(reader._fd, fcntl.LOCK_SH)
+        fcntl.flock(fd_of(reader), fcntl.LOCK_SH)
         with pytest.raises(BusyResourceError):
             PacketFile(path)
 
@@ -470,13 +480,14 @@ def test_policy_interval_syncs_before_the_commit_of_a_tick(tmp_path: Path, syncs
     file = PacketFile(path, fsync="interval")
     for _ in range(5):
         fill(file, b"a\n", b"b\n")
-    assert syncs.sizes == []
+    first = frames_of(path)[0].end
+    assert syncs.sizes == [first], "of a new file the first frame is synced alone"
     end = file.end
     file.tick()
     file.tick()
-    assert syncs.sizes == [end]
+    assert syncs.sizes == [first, end]
     file.close()
-    assert syncs.sizes == [end, path.stat().st_size]
+    assert syncs.sizes == [first, end, path.stat().st_size]
     assert [commit.durable_upto for _, commit in commits_of(path)] == [end]
 
 
@@ -486,7 +497,7 @@ def test_policy_always_returns_once_it_is_on_the_disk(tmp_path: Path, syncs: Syn
     for number in range(1, 6):
         fill(file, *[b"line\n"] * number)
         assert syncs.sizes[-1] == file.end
-        assert len(syncs.sizes) == number
+        assert len(syncs.sizes) == 1 + number, "and before them the first frame of a new file"
     file.close()
 
 
@@ -504,6 +515,101 @@ def test_an_append_whose_fsync_fails_raises_and_no_commit_says_it_is_durable(tmp
     syncs.fail = False
     PacketFile(path, fsync="none").close()
     assert {commit.durable_upto for _, commit in commits_of(path)} <= {0, good}
+    assert_sound(path)
+
+
+@pytest.mark.parametrize("settle", [False, True])
+def test_a_source_is_on_the_disk_before_its_content_is_written(tmp_path: Path, syncs: Syncs, settle: bool) -> None:
+    """With `settle`: sources that begin together share an fsync, and a generation that begins has one of its own."""
+    path = tmp_path / "out.opk"
+    file = PacketFile(path, settle=settle)
+    first, second = file.open_source(about(b"/a")), file.open_source(about(b"/b"))
+    for source_id in (first, second, first):
+        fill(file, b"line\n", source_id=source_id)
+    file.open_source(about(b"/a"), first)
+    fill(file, b"anew\n", b"and on\n", source_id=first)
+    file.close(broken=True)
+    frames = frames_of(path)
+    begun = [frame.end for frame in frames if frame.header.type is FrameType.SOURCE]
+    assert syncs.sizes == [frames[0].end, *begun[1:]][: 3 if settle else 1]
+
+
+def test_a_file_that_cannot_be_cut_is_let_go_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error of the disk while opening leaves no lock behind."""
+    path = tmp_path / "out.opk"
+    with contextlib.closing(PacketFile(path)) as file:
+        fill(file, b"a\n")
+    path.write_bytes(path.read_bytes()[:-1])
+
+    def refuse(fd: int, size: int) -> None:
+        raise OSError(errno.EIO, "the disk says no")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "ftruncate", refuse)
+        with pytest.raises(OSError, match="the disk says no") as caught:
+            PacketFile(path)
+    PacketFile(path).close()
+    del caught
+
+
+def test_an_fsync_that_failed_is_not_tried_again(tmp_path: Path, syncs: Syncs) -> None:
+    """The disk may say yes the next time: this writer does not ask, and says which bytes it does not know of."""
+    path = tmp_path / "out.opk"
+    file = PacketFile(path, fsync="interval")
+    fill(file, b"a\n")
+    file.tick()
+    good, end = syncs.sizes[-1], file.end
+    fill(file, b"b\n")
+    syncs.fail = True
+    for _ in range(2):
+        with pytest.raises(OSError, match=f"bytes {good} to {file.end} are not known to be on the disk"):
+            file.sync()
+        syncs.fail = False
+    assert syncs.sizes[-1] == good
+    assert good <= end
+    file.close(broken=True)
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_what_was_left_unsynced_is_written_again_before_the_first_fsync(
+    tmp_path: Path, syncs: Syncs, monkeypatch: pytest.MonkeyPatch, damaged: bool
+) -> None:
+    """The same bytes, at their place; if the system has lost them since it was opened, nothing is called durable."""
+    path = tmp_path / "out.opk"
+    file = PacketFile(path, fsync="interval")
+    fill(file, b"a\n")
+    file.tick()
+    synced = syncs.sizes[-1]
+    fill(file, b"b\n", b"c\n")
+    syncs.fail = True
+    with pytest.raises(OSError, match="the disk says no"):
+        file.sync()
+    file.close(broken=True)
+    syncs.fail = False
+    before = path.read_bytes()
+    written: list[tuple[int, bytes]] = []
+    real = os.pwrite
+
+    def pwrite(fd: int, data: bytes, at: int) -> int:
+        written.append((at, bytes(data)))
+        return real(fd, data, at)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    file = PacketFile(path, fsync="interval")
+    if damaged:
+        path.write_bytes(before[:-1] + b"?")
+        with pytest.raises(OSError, match="damaged since it was opened"):
+            file.sync()
+        file.close(broken=True)
+        return
+    fill(file, b"d\n")
+    assert written == []
+    file.sync()
+    assert written == [(synced, before[synced:])]
+    assert path.read_bytes().startswith(before)
+    file.sync()
+    file.close()
+    assert len(written) == 1
     assert_sound(path)
 
 
@@ -533,10 +639,11 @@ file.close()
         command = [program, "-f", "-qq", "-o", str(trace), "-e", "trace=fsync,fdatasync,writev,ftruncate"]
         subprocess.run([*command, sys.executable, "-c", code, str(path), fsync], check=True, timeout=30)
         seen[fsync] = re.findall(r"\d+ +(\w+)\(", trace.read_text())
+    begun = ["writev", "fdatasync", "fsync"]  # the first frame, and the folder
     assert seen == {
         "none": ["writev"] * 5,
-        "interval": ["writev", "writev", "fdatasync", "fsync", "writev", "writev", "fdatasync", "writev", "fdatasync"],
-        "always": ["writev", "fdatasync", "fsync", "writev", "fdatasync", "writev", *["writev", "fdatasync"] * 2],
+        "interval": [*begun, "writev", "writev", "fdatasync", "writev", "writev", "fdatasync", "writev", "fdatasync"],
+        "always": [*begun, *["writev", "fdatasync"] * 2, "writev", *["writev", "fdatasync"] * 2],
     }
 
 
@@ -544,7 +651,8 @@ file.close()
 
 FULL = """
 import resource, signal, sys
-from offload.files.packet_file import FrameSource, PacketFile, Piece
+from offload.files.frame_source import FrameSource
+from offload.files.packet_file import PacketFile, Piece
 from offload.merge.audit import verify
 from offload.packets.codec import SourceInfo
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -773,7 +881,7 @@ def test_a_torn_tail_that_ends_with_a_read_is_read_anew(tmp_path: Path, monkeypa
     file.close(broken=True)
     torn = path.read_bytes()[:-5]
     path.write_bytes(torn)
-    monkeypatch.setattr(module, "READ_BYTES", len(torn))
+    monkeypatch.setattr(frame_source, "READ_BYTES", len(torn))
     with FrameSource(path, follow=True) as source:
         read_all(source)
         file = PacketFile(path, fsync="none")
@@ -890,3 +998,23 @@ def test_the_largest_packet_and_the_smallest(tmp_path: Path) -> None:
     sizes = [len(f.payload) for f in frames_of(path) if f.header.type is FrameType.PACKETS]
     assert sizes == [MAX_PAYLOAD, 0]
     assert_sound(path)
+
+
+def test_headers_are_read_while_a_writer_cuts_a_torn_tail(tmp_path: Path) -> None:
+    """Who walks over them had seen the tail; that a writer which begins takes it away is no damage."""
+    path = tmp_path / "m.opk"
+    file = PacketFile(path)
+    source = file.open_source(SourceInfo(1, 1, 0, 0, Compression.NONE, b"/a.log"))
+    file.append([Piece(source, b"one\n", 0, 1), Piece(source, b"two\n", 4, 1)])
+    file.close()
+    with FrameSource(path) as frames:
+        whole = list(frames)
+    with path.open("ab") as raw:
+        raw.write(path.read_bytes()[whole[-1].offset : whole[-1].end - 5])
+    found = []
+    with FrameSource(path) as frames:
+        for frame in frames.headers():
+            found.append(frame.offset)
+            if len(found) == len(whole):
+                os.truncate(path, whole[-1].end)
+    assert found == [frame.offset for frame in whole]

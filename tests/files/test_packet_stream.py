@@ -21,7 +21,8 @@ import pytest
 from offload.errors import BrokenResourceError, BusyResourceError, ClosedResourceError, PacketError
 from offload.files import append as append_module
 from offload.files import packet_stream as module
-from offload.files.packet_file import FrameSource, PacketFile, Piece
+from offload.files.frame_source import FrameSource
+from offload.files.packet_file import PacketFile, Piece
 from offload.files.packet_stream import LINES_BYTES, PacketReader, PacketWriter
 from offload.loops import LoopThread
 from offload.merge.audit import Verification, verify
@@ -724,7 +725,7 @@ async def test_a_reader_gives_every_frame_in_order(tmp_path: Path, monkeypatch: 
         for number in range(50):
             _ = writer.write(b"%d\n" % number, f"source {number % 7}")
             await writer.flush()
-    monkeypatch.setattr("offload.files.packet_file.READ_BYTES", 100)
+    monkeypatch.setattr("offload.files.frame_source.READ_BYTES", 100)
     async with PacketReader(path) as reader:
         frames = [frame async for frame in reader]
     assert frames == frames_of(path)

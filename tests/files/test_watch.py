@@ -250,18 +250,27 @@ def no_folder(folder: Path) -> Path:
 async def test_what_cannot_be_watched_makes_it_look_by_time(
     watch: Watch, folder: Path, what: Callable[[Path], Path]
 ) -> None:
-    """One folder that cannot be watched and all is polled: every look is at everything."""
-    watch.add(str(what(folder)))
-    assert watch.polls
-    for _ in range(3):
-        await watch.wait(0.001)
-        assert watch.take() is None
-    watch.add(str(folder))
+    """A folder that cannot be watched is looked at by time, for changes and for its coming; others keep inotify."""
+    other = what(folder)
+    watch.add(str(other))
+    assert watch.polled == [str(other)]
     assert watch.take() is None
+    await watch.wait(0.001)
+    assert watch.take() == set()
+    append(folder / "app.log")
+    assert watch.take() == {str(folder / "app.log")}
+    other.unlink(missing_ok=True)
+    other.mkdir()
+    append(other / "new.log")
+    changed = watch.take()
+    assert changed is not None
+    assert str(other / "new.log") in changed
+    watch.add(str(other))  # as each look does
+    assert not watch.polls
 
 
 async def test_polling(folder: Path) -> None:
-    """Told to poll it takes nothing of inotify, waits its interval or less, is woken, and reports anything."""
+    """Told to poll it takes nothing of inotify, waits its interval or less, is woken, and finds what changed."""
     before = len(os.listdir("/proc/self/fd"))
     watch = Watch(poll=True, interval=3600)
     watch.add(str(folder))
@@ -269,18 +278,68 @@ async def test_polling(folder: Path) -> None:
     assert len(os.listdir("/proc/self/fd")) == before
     await watch.wait(0.001)
     assert watch.take() is None
+    append(folder / "app.log")
+    assert watch.take() == {str(folder / "app.log")}
+    assert watch.take() == set()
     waiting = asyncio.ensure_future(watch.wait(3600))
     await asyncio.sleep(0)
     watch.wake()
     await waiting
     short = Watch(poll=True, interval=0.001)
     await short.wait(3600)
-    assert short.take() is None
+    assert short.take() == set()
     watch.close()
 
 
+@pytest.mark.parametrize("how", ["create", "append", "truncate", "rename", "delete", "move here", "link"])
+async def test_each_kind_of_change_is_found_by_time(folder: Path, how: str) -> None:
+    """By inode, size and time of the last change, of what is there and of what is there no more."""
+    path = folder / "app.log"
+    append(path)
+    append(folder.parent / "new")
+    os.utime(path, (1, 1))
+    watch = Watch(poll=True)
+    watch.add(str(folder))
+    watch.take()
+    change(path, how)
+    names = {"create": {"new"}, "rename": {"app.log", "renamed"}, "move here": {"new"}, "link": {"new"}}
+    assert watch.take() == {str(folder / name) for name in names.get(how, {"app.log"})}
+
+
+async def test_a_network_mount_is_looked_at_by_time(folder: Path, tmp_path: Path) -> None:
+    """Its folders only; when something else is mounted there, it is asked again what that is."""
+    odd = tmp_path / "a folder\twith \\ and \n"
+    odd.mkdir()
+    escaped = str(odd).replace("\\", "\\134").replace(" ", "\\040").replace("\t", "\\011").replace("\n", "\\012")
+    mountinfo = tmp_path / "mountinfo"
+    with open("/proc/self/mountinfo") as file:  # noqa: ASYNC230 - no file on a disk
+        mountinfo.write_text(f"{file.read()}99 1 0:99 / {escaped} rw shared:9 - nfs4 host:/ rw\n")
+    watch = Watch(mountinfo=str(mountinfo))
+    watch.add(str(folder))
+    watch.add(str(odd))
+    assert watch.polled == [str(odd)]
+    watch.take()
+    for each in (folder, odd):
+        append(each / "app.log")
+    assert watch.take() == {str(folder / "app.log"), str(odd / "app.log")}
+    watch.close()
+
+
+async def test_a_folder_that_did_not_tell_twice_is_looked_at_by_time(watch: Watch, folder: Path) -> None:
+    """Whoever finds a change that was not reported says so; others keep inotify, and one time proves nothing."""
+    assert not watch.distrust(str(folder))
+    assert not watch.polls
+    assert watch.distrust(str(folder))
+    assert watch.polled == [str(folder)]
+    assert watch.take() is None
+    append(folder / "app.log")
+    assert watch.take() == {str(folder / "app.log")}
+    assert not watch.distrust(str(folder))
+    assert not watch.distrust("/no/folder/of/ours")
+
+
 async def test_no_instance_left_falls_back_to_polling(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the system refuses another inotify, the watch polls instead of failing."""
+    """Where the system refuses another inotify, the watch looks by time instead of failing."""
     asyncinotify = pytest.importorskip("asyncinotify")
 
     def refuse(**options: object) -> None:

@@ -4,6 +4,7 @@ python kill_mutant.py sidecar merge -f LOGS -o OUT     where each source was rea
                                                        JSON file put in place by a rename, as in most log shippers;
                                                        nothing else differs, and the packet file is sound
 python kill_mutant.py uncut merge -f LOGS -o OUT       a torn tail is left in place and written behind
+python kill_mutant.py by-time merge -f LOGS -o OUT     no promise is broken: the lines go by their times
 """
 
 from __future__ import annotations
@@ -12,15 +13,17 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
 from offload import cli
-from offload.files import append, packet_file
+from offload.files import append, rolling
 from offload.files.packet_file import PacketFile, Piece
-from offload.files.tail import Resume, Step
-from offload.merge import engine
+from offload.files.reading import Step
+from offload.files.rotated import Resume
+from offload.merge import batches, engine
+from offload.merge.by_time import ByTime
 
 INTERVAL = 0.1  # seconds between two savings, as often as the merge itself writes a COMMIT
 
@@ -48,15 +51,15 @@ class Sidecar:
 def use_sidecar() -> None:
     """Let the merge go on from a side file, instead of from the frames; all of it runs on the writer's thread."""
     sidecars: dict[PacketFile, Sidecar] = {}
-    learn, pieces, tick, close = engine.Merge._learn, engine._pieces, PacketFile.tick, PacketFile.close
+    learn, pieces, tick, close = engine.Merge._learn, batches.pieces, PacketFile.tick, PacketFile.close
 
     def learn_from_sidecar(merge: engine.Merge, file: PacketFile) -> None:
         learn(merge, file)
         sidecar = sidecars[file] = Sidecar(f"{file.path}.offsets")
-        for path, resume in merge._resumes.items():
+        for path, resume in merge._known._resumes.items():
             # The frames' guard belongs to the frames' offset; without one, a file is taken for what its name says.
             entry = resume.entry._replace(resume_off=sidecar.offsets.get(path, 0), guard_len=0, head_len=0)
-            merge._resumes[path] = Resume(resume.info, entry)
+            merge._known._resumes[path] = Resume(resume.info, entry)
 
     def pieces_as_they_come(file: PacketFile, steps: Iterable[Step]) -> Iterator[Piece]:
         sidecar = sidecars[file]
@@ -74,7 +77,7 @@ def use_sidecar() -> None:
         sidecars[file].save()
 
     patch(engine.Merge, "_learn", learn_from_sidecar)
-    patch(engine, "_pieces", pieces_as_they_come)
+    patch(batches, "pieces", pieces_as_they_come)
     patch(PacketFile, "tick", tick_and_save)
     patch(PacketFile, "close", save_and_close)
 
@@ -86,7 +89,20 @@ def leave_torn_tails() -> None:
         def cut(self, end: int) -> None:
             """The promise that is broken."""
 
-    patch(packet_file, "AppendFile", Uncut)
+        def rewrite(self, start: int, end: int, check: Callable[[bytes], object]) -> None:
+            """What would notice, before anything behind it is called durable."""
+
+    patch(rolling, "AppendFile", Uncut)
+
+
+def order_by_time() -> None:
+    """Let the merge order by time, and hold lines back all the while."""
+    original = engine.Merge.__init__
+
+    def ordered(self: engine.Merge, *arguments: Any, **options: Any) -> None:
+        original(self, *arguments, **options | {"by_time": ByTime(lateness=0.3)})
+
+    patch(engine.Merge, "__init__", ordered)
 
 
 def patch(owner: Any, name: str, value: object) -> None:
@@ -95,5 +111,5 @@ def patch(owner: Any, name: str, value: object) -> None:
 
 
 if __name__ == "__main__":
-    {"sidecar": use_sidecar, "uncut": leave_torn_tails}[sys.argv.pop(1)]()
+    {"sidecar": use_sidecar, "uncut": leave_torn_tails, "by-time": order_by_time}[sys.argv.pop(1)]()
     cli.main()

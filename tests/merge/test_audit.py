@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from offload.errors import PacketError
-from offload.files.packet_file import FrameSource, PacketFile, Piece
-from offload.merge.audit import verify
+from offload.files.frame_source import FrameSource
+from offload.files.packet_file import PacketFile, Piece
+from offload.merge.audit import Gap, verify
 from offload.packets.codec import Frame, GapInfo, SourceInfo, encode, packets_payload
 from offload.packets.format import HEADER_BYTES, NONE_U64, Compression, Flag, FrameType, GapReason
 
@@ -52,6 +53,7 @@ def test_a_whole_file_holds(made: Path) -> None:
     assert found.faults == []
     assert (found.frames, found.sources, found.lines) == (len(frames(made)), 2, 8)
     assert (found.size, found.torn, found.live) == (made.stat().st_size, 0, False)
+    assert found.lost == [Gap("a", 14, None, "truncated", None, 0)]
     assert found.gaps == [("a", 14, None, "truncated")]
     assert len(bytes.fromhex(found.chain)) == 32
 
@@ -286,3 +288,64 @@ def test_a_writer_that_never_stops_does_not_keep_verify(tmp_path: Path) -> None:
     assert found.ok
     assert found.live
     assert 6 * 200_000 <= found.lines < 20 * 200_000
+
+
+# --- complete, and the chain ------------------------------------------------------------------------------------------
+
+
+def lost(path: Path) -> list[Gap]:
+    found = verify(path)
+    assert found.ok
+    assert found.complete == (not found.lost)
+    return found.lost
+
+
+def test_a_beginning_that_was_never_read_is_a_gap(tmp_path: Path) -> None:
+    """A generation that begins behind its file's start lacks what is before; one that goes on with a file does not."""
+    with contextlib.closing(PacketFile(tmp_path / "p.opk", fsync="none")) as file:
+        log = file.open_source(SourceInfo(1, 2, 0, 0, Compression.NONE, b"/logs/a"))
+        file.append([Piece(log, b"one\n", 0, 1)])
+        file.open_source(SourceInfo(1, 3, 0, 100, Compression.NONE, b"/logs/a"), log)
+        file.append([Piece(log, b"other\n", 100, 1)])
+        file.open_source(SourceInfo(1, 2, 0, 4, Compression.NONE, b"/logs/a"), log)
+        file.append([Piece(log, b"late\n", 4, 1)])
+    assert lost(tmp_path / "p.opk") == [Gap("a", 0, 100, "never read", None, 1)]
+    assert verify(tmp_path / "p.opk").gaps == []
+
+
+def test_an_anchor_holds_for_a_file_that_has_grown(made: Path) -> None:
+    """The chain of an earlier state is found again at its COMMIT, whatever came behind it."""
+    before = verify(made)
+    assert before.chained == frames(made)[-1].offset
+    file = PacketFile(made, fsync="none")
+    file.append([Piece(0, b"more\n", 5, 1)])
+    file.close()
+    after = verify(made, anchor=bytes.fromhex(before.chain))
+    assert after.anchor == (before.chained, before.lines)
+    assert after.chain != before.chain
+
+
+def test_an_anchor_does_not_hold_for_what_was_cut_or_written_anew(made: Path, tmp_path: Path) -> None:
+    """A file that lost its end, and another with the same lines, are not what the anchor was taken of."""
+    anchor = bytes.fromhex(verify(made).chain)
+    assert verify(write(tmp_path / "other.opk"), anchor=anchor).anchor is None
+    os.truncate(made, frames(made)[-1].offset)
+    found = verify(made, anchor=anchor)
+    assert found.ok
+    assert found.anchor is None
+
+
+def test_an_anchor_does_not_hold_behind_a_fault(made: Path) -> None:
+    """A frame changed with its checksums, where the COMMIT states the chain of before, is no match."""
+    anchor = bytes.fromhex(verify(made).chain)
+    frame = next(f for f in frames(made) if f.header.type is FrameType.LINES and f.payload == b"three\n")
+    header = frame.header
+    fields = {name: getattr(header, name) for name in ("flags", "source_id", "seq", "source_off", "time_ns", "count")}
+    fields |= {name: getattr(header, name) for name in ("generation", "prev_len", "epoch")}
+    data = bytearray(made.read_bytes())
+    data[frame.offset : frame.end] = encode(FrameType.LINES, b"THREE\n", **fields)
+    made.write_bytes(data)
+    found = verify(made, anchor=anchor)
+    assert ["a frame was changed" in fault for _, fault in found.faults] == [True]
+    assert found.chain == anchor.hex()
+    assert found.anchor is None

@@ -13,19 +13,22 @@ import os
 import resource
 import signal
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from offload.errors import BrokenResourceError, BusyResourceError, ClosedResourceError, PacketError
-from offload.files.packet_file import FrameSource
-from offload.files.tail import Arena, Step, Tail
+from offload.files.frame_source import FrameSource
+from offload.files.reading import Arena, Step
+from offload.files.tail import Tail
 from offload.merge.audit import verify
 from offload.merge.engine import Merge, Progress
 from offload.merge.sources import Sources
 from offload.merge.split import split, stat
+from offload.packets.codec import CommitInfo
 from offload.packets.format import FrameType
 
 AMPLE = 30.0  # seconds until a condition that must come true is given up
@@ -638,6 +641,106 @@ async def test_a_full_disk_ends_a_merge_that_follows(logs: Path, out: Path) -> N
     assert contents(out) == {name: (logs / name).read_bytes() for name in "ab"}
 
 
+@contextmanager
+def no_room(monkeypatch: pytest.MonkeyPatch, code: int = errno.ENOSPC) -> Iterator[list[int]]:
+    """A disk that takes half of each write and then has no room; gives the sizes of what was refused."""
+    refused: list[int] = []
+
+    def half(fd: int, buffers: Sequence[bytes]) -> int:
+        data = b"".join(buffers)
+        refused.append(len(data))
+        return os.write(fd, data[: len(data) // 2])
+
+    def full(fd: int, data: bytes) -> int:
+        raise OSError(code, os.strerror(code))
+
+    with monkeypatch.context() as patch:
+        disk = SimpleNamespace(**vars(os) | {"writev": half, "write": full})
+        patch.setattr("offload.files.append.os", disk)
+        yield refused
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+async def test_following_waits_for_room_and_tells(
+    logs: Path, out: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    """`on_full` hears once that it waits and once that it goes on, `Progress.full` says so meanwhile."""
+    told: list[OSError | None] = []
+    (logs / "a").write_bytes(b"one\n")
+    engine = Merge(Sources([str(logs)]), out, follow=True, on_full=told.append)
+    async with engine:
+        running = asyncio.ensure_future(engine.run())
+        await until(lambda: out.exists() and out.stat().st_size > 200)
+        with no_room(monkeypatch, code) as refused:
+            append(logs / "a", b"two\n" * 100_000)
+            await until(lambda: len(refused) > 2)
+            assert engine.progress.full is told[0]
+            assert told[0] is not None
+            assert told[0].errno == code
+            assert verify(out).faults == []
+        await until(lambda: len(told) == 2)
+        assert engine.progress.full is None
+        engine.stop()
+        await running
+    assert told[1:] == [None]
+    assert contents(out) == {"a": b"one\n" + b"two\n" * 100_000}
+
+
+@pytest.mark.parametrize("how", ["stop", "cancel", "leave"])
+async def test_a_wait_for_room_can_be_ended(logs: Path, out: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    """`stop()`, cancelling and leaving the block end it with the error, or the cancellation; the file stays whole."""
+    (logs / "a").write_bytes(b"one\n")
+    engine = await Merge(Sources([str(logs)]), out, follow=True).start()
+    running = asyncio.ensure_future(engine.run())
+    await until(lambda: out.exists() and out.stat().st_size > 200)
+    with no_room(monkeypatch):
+        append(logs / "a", b"two\n")
+        await until(lambda: engine.progress.full is not None)
+        if how == "stop":
+            engine.stop()
+        elif how == "cancel":
+            running.cancel()
+        async with asyncio.timeout(AMPLE):
+            if how != "leave":
+                await asyncio.wait([running])
+            with pytest.raises(BrokenResourceError, match="No space left"):
+                await engine.aclose()
+            with pytest.raises((BrokenResourceError, asyncio.CancelledError)):
+                await running
+    await merge(out, logs)
+    assert contents(out) == {"a": b"one\ntwo\n"}
+
+
+async def test_an_fsync_that_fails_ends_a_merge_that_has_nothing_to_write(
+    logs: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fsync of the interval is met within the next look; the error says which bytes may not be on the disk."""
+    (logs / "a").write_bytes(b"one\n")
+    engine = await Merge(Sources([str(logs)]), out, follow=True).start()
+    running = asyncio.ensure_future(engine.run())
+    await until(lambda: out.exists() and verify(out).lines == 1 and bool(verify(out).chain.strip("0")))
+    durable = out.stat().st_size
+
+    def refuse(fd: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr("offload.files.append.sync_descriptor", refuse)
+    append(logs / "a", b"two\n")
+    async with asyncio.timeout(AMPLE):
+        with pytest.raises(BrokenResourceError, match=r"bytes \d+ to \d+ are not known to be on the disk") as caught:
+            await running
+    with pytest.raises(BrokenResourceError):
+        await engine.aclose()
+    assert isinstance(caught.value.__cause__, OSError)
+    assert caught.value.__cause__.errno == errno.EIO
+    monkeypatch.undo()
+    with FrameSource(out) as source:
+        commits = [CommitInfo.unpack(frame) for frame in source if frame.header.type is FrameType.COMMIT]
+    assert max(commit.durable_upto for commit in commits) <= durable
+    await merge(out, logs)
+    assert contents(out) == {"a": b"one\ntwo\n"}
+
+
 async def test_a_second_writer_is_refused(logs: Path, out: Path) -> None:
     """Two merges into one file: the second gets BusyResourceError, the first does not notice."""
     (logs / "a").write_bytes(b"one\n")
@@ -686,18 +789,31 @@ async def test_damage_behind_the_last_commit_is_read_again(logs: Path, out: Path
     assert contents(out) == {"a": b"a1\na2\n", "b": b"b1\nb2\n"}
 
 
+async def test_damage_is_read_again_from_a_rotated_file(logs: Path, out: Path) -> None:
+    """Also where the source has been renamed since, and another file has its name."""
+    await damage_behind_the_last_commit(logs, out)
+    (logs / "b").rename(logs / "b.1")
+    (logs / "b").write_bytes(b"b3\n")
+    await merge(out, logs)
+    assert contents(out) == {"a": b"a1\na2\n", "b": b"b1\nb2\nb3\n"}
+
+
 @pytest.mark.parametrize("change", ["gone", "other contents"])
-async def test_damage_that_the_sources_cannot_heal_is_refused(logs: Path, out: Path, change: str) -> None:
-    """Where the sources have changed since, the damaged file is kept as it is."""
+async def test_damage_that_cannot_be_cut_is_written_anew(logs: Path, out: Path, change: str) -> None:
+    """Where a source has changed since, what it had behind the damage is kept, and the others are read again."""
     await damage_behind_the_last_commit(logs, out)
     data = out.read_bytes()
     if change == "gone":
         (logs / "b").unlink()
     else:
         (logs / "b").write_bytes(b"other\n")
-    with pytest.raises(PacketError, match="keep this file and write to a new one"):
-        await merge(out, logs)
-    assert out.read_bytes() == data
+    progress = await merge(out, logs)
+    b = b"b1\nb2\n" + (b"" if change == "gone" else b"other\n")
+    assert contents(out) == {"a": b"a1\na2\n", "b": b}
+    assert verify(out).complete is (change == "gone")
+    assert progress.damaged is not None
+    assert progress.damaged.name == "merged.damaged-1.opk"
+    assert progress.damaged.read_bytes() == data
 
 
 async def test_leftovers_of_a_torn_frame_are_cut_and_read_again(logs: Path, out: Path) -> None:
@@ -819,6 +935,37 @@ async def test_a_file_that_can_be_opened_only_later_gets_its_own_number(logs: Pa
         engine.stop()
         assert not (await running).problems
     assert contents(out) == {"a": b"a1\n", "b": b"b1\n", "c": b"c1\n", "d": b"d1\n"}
+
+
+@pytest.mark.parametrize("down", [False, True], ids=["followed", "down"])
+async def test_a_link_that_is_swapped(logs: Path, out: Path, tmp_path: Path, down: bool) -> None:
+    """A source that is a link into another folder: what it led to is read to its end, then what it leads to now."""
+    targets, link = tmp_path / "targets", logs / "app.log"
+    targets.mkdir()
+    (targets / "one").write_bytes(b"1\n")
+    (targets / "two").write_bytes(b"4\n")
+    link.symlink_to(targets / "one")
+
+    def swap() -> None:
+        append(targets / "one", b"3\n")
+        (logs / "next").symlink_to(targets / "two")
+        (logs / "next").rename(link)
+
+    async with following(out, link) as engine:
+        await until(lambda: engine.progress.lines == 1)
+        append(targets / "one", b"2\n")
+        await until(lambda: engine.progress.lines == 2)
+        if not down:
+            swap()
+            await until(lambda: engine.progress.lines == 4)
+            append(targets / "two", b"5\n")
+            await until(lambda: engine.progress.lines == 5)
+    if down:
+        swap()
+        append(targets / "two", b"5\n")
+        await merge(out, link)
+    assert contents(out) == {"app.log": b"1\n2\n3\n4\n5\n"}
+    assert verify(out).gaps == []
 
 
 async def test_late_lines_of_a_renamed_file_are_read(logs: Path, out: Path) -> None:

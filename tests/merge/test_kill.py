@@ -25,17 +25,21 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 
 import offload
-from offload.files.packet_file import FrameSource
+from offload.errors import PacketError
+from offload.files.frame_source import FrameSource
 from offload.files.packet_stream import PacketReader
-from offload.packets import FrameType, recover
+from offload.files.rolling import on_the_disk
+from offload.files.series import sealed_segments
+from offload.packets import FrameType
 from offload.packets.codec import SourceInfo
-from offload.packets.format import HEADER_BYTES, MAGIC
+from offload.packets.format import HEADER_BYTES, MAGIC, Flag
 
 pytestmark = [
     pytest.mark.slow,
@@ -47,6 +51,7 @@ SEED = int(os.environ.get("OFFLOAD_KILL_SEED", str(random.randrange(1 << 32))))
 PATIENCE = 60.0  # seconds until something that must happen counts as hung
 
 OFFLOAD = (sys.executable, "-m", "offload")
+SEGMENTED = (sys.executable, str(Path(__file__).with_name("segmented.py")), '["--segment-size", "60000", "--compress"]')
 MUTANT = (sys.executable, str(Path(__file__).with_name("kill_mutant.py")))
 
 NAMES = ("api.log", "web 1.log", "größe.log", "billing.log", "mail.log")
@@ -64,9 +69,12 @@ HUGE = NOISE * (1_200_000 // len(NOISE))
 class Program(threading.Thread):
     """Appends numbered lines to its log: in bursts, in pieces cut anywhere, with random pauses, until told to stop."""
 
-    def __init__(self, path: Path, seed: str, stop: threading.Event, begin: threading.Event) -> None:
+    def __init__(
+        self, path: Path, seed: str, stop: threading.Event, begin: threading.Event, *, timed: bool = False
+    ) -> None:
         super().__init__(name=f"program {path.name}")
         self.path = path
+        self.timed = timed  # the time before each number
         self.lines = 0
         self.whole = 0  # bytes up to the last line end, once it has ended
         self.error: Exception | None = None
@@ -97,6 +105,8 @@ class Program(threading.Thread):
         else:
             start = self._chance.randrange(len(NOISE))
             filling = NOISE[start : start + self._chance.randrange(250)]
+        if self.timed:
+            return b"%sZ %d %s" % (datetime.now(UTC).replace(tzinfo=None).isoformat().encode(), number, filling)
         return b"%d %s" % (number, filling)
 
     def _write(self, log: Any, data: bytes) -> None:
@@ -135,6 +145,7 @@ class Torture:
     command: Sequence[str] = OFFLOAD
     options: Sequence[str] = ()
     harm: Literal["cut", "tear"] = "cut"
+    timed: bool = False
     kills: list[str] = field(default_factory=list)
     torn: int = 0
 
@@ -145,7 +156,13 @@ class Torture:
         self.packet = self.folder / "merged.opk"
         self.stop, self.begin, self.begin_late = threading.Event(), threading.Event(), threading.Event()
         self.programs = [
-            Program(self.logs / name, f"{self.seed} {name}", self.stop, self.begin_late if i == LATE else self.begin)
+            Program(
+                self.logs / name,
+                f"{self.seed} {name}",
+                self.stop,
+                self.begin_late if i == LATE else self.begin,
+                timed=self.timed,
+            )
             for i, name in enumerate(NAMES)
         ]
         self._errors = self.folder / "stderr"
@@ -223,7 +240,7 @@ class Torture:
     def cut(self, count: int) -> None:
         """Take bytes off the packet file's end."""
         if self.packet.exists():
-            size = max(0, self.size() - count)
+            size = max(on_the_disk(self.packet), self.size() - count)
             os.truncate(self.packet, size)
             self.kills.append(f"  cut to {size} bytes")
 
@@ -246,7 +263,7 @@ class Torture:
         if not self.packet.exists():
             return 0
         with FrameSource(self.packet) as source:
-            return recover(source.read_at, source.size()).torn
+            return source.series.recover().torn
 
     def complaints(self) -> str:
         return self._errors.read_text()
@@ -265,7 +282,8 @@ class Torture:
                 time.sleep(self.chance.choice([0, self.chance.random() * 0.003]))
             case "in a batch":
                 more = self.chance.randrange(200_000)
-                until(lambda: self.size() > size + more, process)
+                known = set(sealed_segments(self.packet))
+                until(lambda: self.size() > size + more or set(sealed_segments(self.packet)) - known, process)
             case _:
                 until(lambda: self.size() != size, process)
                 time.sleep(self.chance.random() * 0.4)
@@ -279,7 +297,7 @@ class Torture:
         return False
 
 
-def until(condition: Callable[[], bool], process: subprocess.Popen[bytes]) -> None:
+def until(condition: Callable[[], object], process: subprocess.Popen[bytes]) -> None:
     """Return once it holds or the process has ended; looks often, for a kill comes next and should hit."""
     patience = time.monotonic() + PATIENCE
     while not condition() and process.poll() is None:
@@ -317,7 +335,7 @@ class Findings:
         data = copy.read_bytes() if copy.exists() else b""
         if data != original.read_bytes():
             self.differing.append(name)
-        numbers = [int(number) for number in re.findall(rb"^(\d+) ", data, re.MULTILINE)]
+        numbers = [int(number) for number in re.findall(rb"^(?:[\d-]+T[\d:.]+Z )?(\d+) ", data, re.MULTILINE)]
         times = Counter(numbers)
         highest = -1
         for number in numbers:
@@ -404,6 +422,8 @@ class Follower:
         names: dict[int, str] = {}
         try:
             async for frame in self._reader:
+                if frame.header.flags & Flag.RESTATED:
+                    continue
                 if frame.header.type is FrameType.SOURCE:
                     name = names[frame.header.source_id] = Path(os.fsdecode(SourceInfo.unpack(frame).path)).name
                     assert name not in self.content, "a second generation, but no log was ever replaced"
@@ -430,9 +450,12 @@ def time_for_all_kills() -> Iterator[None]:
     faulthandler.cancel_dump_traceback_later()
 
 
-async def test_killed_at_random_moments_each_line_is_there_once_and_in_order(tmp_path: Path) -> None:
+@pytest.mark.parametrize("command", [OFFLOAD, SEGMENTED], ids=["one file", "segments"])
+async def test_killed_at_random_moments_each_line_is_there_once_and_in_order(
+    tmp_path: Path, command: Sequence[str]
+) -> None:
     """Killed 50 times in every phase, with tails cut off too, it ends with each source whole, byte for byte."""
-    torture = Torture(tmp_path, f"{SEED} cuts")
+    torture = Torture(tmp_path, f"{SEED} cuts", command=command)
     with torture.told():
         with torture.writing():
             await asyncio.to_thread(torture.kill, KILLS)
@@ -442,11 +465,27 @@ async def test_killed_at_random_moments_each_line_is_there_once_and_in_order(tmp
                 await follower.has_all_of(torture.programs)
             torture.end(process)
         assert check(torture) == Findings()
+    assert (len(sealed_segments(torture.packet)) > KILLS // 10) == (command is SEGMENTED)
 
 
-async def test_killed_with_fsync_always_what_a_follower_has_seen_stays(tmp_path: Path) -> None:
+async def test_killed_while_lines_wait_for_their_turn(tmp_path: Path) -> None:
+    """Ordered by time, with lines held back at every moment, no kill loses or doubles one of them either."""
+    torture = Torture(tmp_path, f"{SEED} by time", command=[*MUTANT, "by-time"], timed=True)
+    with torture.told():
+        with torture.writing():
+            await asyncio.to_thread(torture.kill, max(len(PHASES), KILLS // 2))
+        follower = Follower(torture.packet)
+        with torture.merging("--json") as process:
+            async with follower.following():
+                await follower.has_all_of(torture.programs)
+            torture.end(process)
+        assert check(torture) == Findings()
+
+
+@pytest.mark.parametrize("command", [OFFLOAD, SEGMENTED], ids=["one file", "segments"])
+async def test_killed_with_fsync_always_what_a_follower_has_seen_stays(tmp_path: Path, command: Sequence[str]) -> None:
     """With `--fsync always` nothing is lost either, and a reader that follows over all kills sees each byte once."""
-    torture = Torture(tmp_path, f"{SEED} always", options=["--fsync", "always"], harm="tear")
+    torture = Torture(tmp_path, f"{SEED} always", command, ["--fsync", "always"], harm="tear")
     with torture.told():
         async with AsyncExitStack() as stack:
             with torture.writing():
@@ -461,6 +500,36 @@ async def test_killed_with_fsync_always_what_a_follower_has_seen_stays(tmp_path:
         assert check(torture) == Findings()
         for program in torture.programs:
             assert program.path.read_bytes().startswith(follower.content[program.path.name])
+
+
+async def test_killed_while_old_segments_are_removed_the_rest_is_whole(tmp_path: Path) -> None:
+    """What is kept of each source is its end, without a hole and byte for byte; that the rest is gone is no fault."""
+    limits = '["--segment-size", "60000", "--compress", "--keep-size", "150000"]'
+    torture = Torture(tmp_path, f"{SEED} kept", command=[*SEGMENTED[:2], limits])
+    with torture.told():
+        with torture.writing():
+            await asyncio.to_thread(torture.kill, KILLS // 2)
+
+        def has_all() -> bool:
+            with FrameSource(torture.packet) as source, suppress(PacketError):
+                states = source.series.recover().ledger.sources.values()
+                read = {Path(os.fsdecode(state.path)).name: state.resume_off for state in states}
+                return all(read.get(p.path.name, 0) >= p.whole for p in torture.programs)
+            return False
+
+        with torture.merging("--json") as process:
+            until(has_all, process)
+            torture.end(process)
+        verified = run("verify", torture.packet)
+        assert verified.returncode == 0, verified.stdout
+        assert "are gone, as retention does" in verified.stdout
+        taken_apart = run("split", torture.packet, "-d", torture.folder / "split")
+        assert taken_apart.returncode in (0, 1), taken_apart.stderr
+        for program in torture.programs:
+            kept = (torture.folder / "split" / program.path.name).read_bytes()
+            assert program.path.read_bytes().endswith(kept)
+    sealed = list(sealed_segments(torture.packet).values())
+    assert sum(path.stat().st_size for path in sealed) <= 150000
 
 
 def test_offsets_beside_the_file_would_be_noticed(tmp_path: Path) -> None:

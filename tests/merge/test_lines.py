@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from offload.files.packet_file import FrameSource, PacketFile, Piece
+from offload.files.frame_source import FrameSource
+from offload.files.packet_file import PacketFile, Piece
 from offload.merge.lines import LineReader, LineWriter, json_lines
 from offload.packets.codec import GapInfo, SourceInfo, line_pieces, packets_payload
 from offload.packets.format import NONE_U64, Compression, Flag, FrameType, GapReason

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from offload.merge.engine import Merge
 from offload.merge.sources import Sources
+from offload.merge.split import split
 
 
 @pytest.fixture
@@ -156,3 +158,86 @@ def test_new_files_are_found_at_the_next_look(folder: Path) -> None:
     (folder / "new.log").write_text("x")
     (folder / "a.log").unlink()
     assert [os.path.basename(path) for path in sources.scan()[0]] == ["b.log", "new.log"]
+
+
+@pytest.mark.parametrize(
+    ("include", "exclude", "names"),
+    [
+        (["*.log"], [], ["a.log", "b.log", "sub/d.log", "sub/deeper/e.log"]),
+        ([], ["*.log"], ["c.txt"]),
+        (["*.log"], ["[ab].log", "e.*"], ["sub/d.log"]),
+        (["a.*", "c.*"], [], ["a.log", "c.txt"]),
+        (["sub/*.log"], [], ["sub/d.log", "sub/deeper/e.log"]),
+        ([], ["deeper/e.log"], ["a.log", "b.log", "c.txt", "sub/d.log"]),
+        ([], ["eeper/e.log"], ["a.log", "b.log", "c.txt", "sub/d.log", "sub/deeper/e.log"]),
+        (["*.none"], [], []),
+    ],
+)
+def test_include_and_exclude(folder: Path, include: list[str], exclude: list[str], names: list[str]) -> None:
+    """Patterns choose among what a folder names: by the last part, or with a slash by the end of the path."""
+    files, missing = Sources([str(folder)], include=include, exclude=exclude).scan()
+    assert [os.path.relpath(path, folder) for path in files] == names
+    assert not missing
+
+
+def test_a_path_pattern_may_be_absolute(folder: Path) -> None:
+    """A pattern that begins with a slash is for the whole path."""
+    files, _ = Sources([str(folder)], exclude=[f"{folder}/sub/*", f"{folder}/?.txt"]).scan()
+    assert [os.path.relpath(path, folder) for path in files] == ["a.log", "b.log"]
+
+
+def test_what_is_named_itself_is_always_taken(folder: Path) -> None:
+    """No pattern keeps out a file that an argument names; also where a folder names it too."""
+    sources = Sources([str(folder / "c.txt"), str(folder)], include=["*.log"], exclude=["c*"])
+    assert next(iter(sources.scan()[0])) == str(folder / "c.txt")
+
+
+def test_a_glob_of_which_all_is_left_out_is_told(folder: Path) -> None:
+    """A glob that matches only files which are left out is told, and why."""
+    files, missing = Sources([str(folder / "*.txt")], exclude=["*.txt"]).scan()
+    assert not files
+    assert [exc.strerror for exc in missing.values()] == ["include and exclude leave out all of it"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "why"),
+    [
+        ("", "it is empty"),
+        ("a\0", "NUL"),
+        ("old/", r"only files are matched; for all below write 'old/\*'"),
+        ("./a.log", "without //, . and .."),
+        ("a/../b", "without //, . and .."),
+        ("/nowhere/*.log", "it is below none of the sources: /logs/here"),
+        ("*.opk", "only taken if they are named themselves"),
+    ],
+)
+def test_a_pattern_that_can_never_match(pattern: str, why: str) -> None:
+    """A pattern that no file can match is refused, with why."""
+    with pytest.raises(ValueError, match=why):
+        Sources(["/logs/here"], include=[pattern])
+
+
+def test_patterns_come_in_a_list() -> None:
+    """One pattern instead of a list of them would be taken for one of each letter."""
+    with pytest.raises(TypeError, match=r"write \['\*.log'\]"):
+        Sources(["x"], exclude="*.log")
+
+
+async def test_rotation_is_followed_to_names_that_are_left_out(folder: Path, tmp_path: Path) -> None:
+    """A rotated file whose new name is excluded is read to its end, also if that came while nobody read."""
+    logs = folder / "sub" / "deeper"
+    log, out = logs / "e.log", tmp_path / "out.opk"
+
+    async def merged() -> None:
+        async with Merge(Sources([str(logs)], include=["*.log"], exclude=["*.log.*"]), out) as merge:
+            await merge.run()
+
+    log.write_bytes(b"one\n")
+    await merged()
+    with log.open("ab") as file:
+        file.write(b"two\n")
+    log.rename(logs / "e.log.1")
+    log.write_bytes(b"three\n")
+    await merged()
+    split(out, tmp_path / "back")
+    assert sorted(path.read_bytes() for path in (tmp_path / "back").iterdir()) == [b"one\ntwo\n", b"three\n"]

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import os
 from pathlib import Path, PurePath
+from zlib import crc32
 
 import pytest
 
 from offload.errors import PacketError
-from offload.files.packet_file import FrameSource, PacketFile, Piece
+from offload.files.frame_source import FrameSource
+from offload.files.packet_file import PacketFile, Piece
 from offload.files.packet_stream import PacketWriter
 from offload.merge.names import Names, below, safe_name, short_names
 from offload.merge.split import split, stat
 from offload.packets.codec import GapInfo, SourceInfo, packets_payload
-from offload.packets.format import NONE_U64, Compression, Flag, FrameType, GapReason
+from offload.packets.format import HEADER_CRC_AT, NONE_U64, Compression, Flag, FrameType, GapReason
 
 START = 1_700_000_000_000_000_000
 
@@ -205,6 +207,24 @@ def test_damage_ends_it_with_all_that_stands_before(out: Path, back: Path) -> No
         split(out, back)
     assert caught.value.offset < at
     assert tree(back)["a"] == b"whole\n"
+
+
+@pytest.mark.parametrize("field", [12, 48], ids=["source", "generation"])
+def test_lines_of_nobody_are_damage(out: Path, back: Path, field: int) -> None:
+    """A frame of a source or a generation that no SOURCE frame begins is an error with its place, for all that its
+    checksums hold."""
+    make(out, (b"/logs/a", b"one\n"))
+    with FrameSource(out) as source:
+        frame = next(f for f in source if f.header.type is FrameType.LINES)
+    data = bytearray(out.read_bytes())
+    data[frame.offset + field] = 7
+    head = frame.offset + HEADER_CRC_AT
+    data[head : head + 4] = crc32(data[frame.offset : head]).to_bytes(4, "little")
+    out.write_bytes(data)
+    with pytest.raises(PacketError, match=r"source \d has no generation \d: no SOURCE frame begins it") as caught:
+        split(out, back)
+    assert caught.value.offset == frame.offset
+    assert tree(back) == {"a": b""}
 
 
 def test_the_watcher_sees_how_far_it_is(out: Path, back: Path) -> None:

@@ -27,7 +27,7 @@ from pathlib import Path
 import pytest
 
 import offload
-from offload.files.packet_file import FrameSource
+from offload.files.frame_source import FrameSource
 from offload.merge.audit import verify
 from offload.packets.format import FrameType
 

@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from offload.errors import BrokenResourceError, PacketError
-from offload.files.packet_file import FrameSource, PacketFile
+from offload.files.frame_source import FrameSource
+from offload.files.packet_file import PacketFile
 from offload.files.packet_stream import PacketWriter
 from offload.loops import LoopThread
 from offload.merge.audit import verify
@@ -33,7 +34,7 @@ from offload.net.limits import Limits
 from offload.net.receiver import Receiver
 from offload.net.server import PacketServer
 from offload.packets.codec import SourceInfo, encode
-from offload.packets.format import NONE_U64, Compression, Flag, FrameType
+from offload.packets.format import NONE_U64, Compression, Flag, FrameType, GapReason
 from offload.packets.framing import PrefixFramer
 
 PATIENCE = 60.0
@@ -169,6 +170,53 @@ async def test_rotated_file_is_known_again_by_the_next_connection(tmp_path: Path
         await send([str(tmp_path / "app.log*")], collector.address)
     got = told(tmp_path / "out.opk", tmp_path / "back")
     assert sorted(got.values()) == [b"four\n", b"one\ntwo\nthree\n"]
+    with FrameSource(tmp_path / "out.opk") as source:
+        begun = [SourceInfo.unpack(frame) for frame in source if frame.header.type is FrameType.SOURCE]
+    (left,) = [info.before for info in begun if info.before is not None]
+    assert (left.size, left.mtime_ns) == (14, old.stat().st_mtime_ns)  # although it was read together with the next
+
+
+async def test_log_that_lost_its_end_is_compared_with_what_the_server_has(tmp_path: Path) -> None:
+    """The sender's machine lost power: what its logs still have of what was sent is not sent again."""
+    logs = [tmp_path / name for name in ("a.log", "b.log")]
+    before = b"".join(b"%d was written before the power cut\n" % n for n in range(9000))
+    for log in logs:
+        log.write_bytes(before)
+    async with Collector(tmp_path / "out.opk") as collector:
+        await send([str(log) for log in logs], collector.address)
+        for log, cut in zip(logs, (5_000, 250_000), strict=True):
+            os.truncate(log, cut)
+            with log.open("ab") as file:
+                file.write(b"\nwritten after it\n")
+        for lines in (4, 0):  # of each the one that was torn, and the new one
+            sending = await send([str(log) for log in logs], collector.address)
+            assert (sending.progress.lines, sending.progress.gaps) == (lines, 0)
+        late = tmp_path / "c.log"  # of another sender, which began since the server was asked first
+        late.write_bytes(before)
+        await send([str(late)], collector.address, name="you")
+        os.truncate(late, 5_000)
+        with late.open("ab") as file:
+            file.write(b"\nwritten after it\n")
+        sending = await send([str(late)], collector.address, name="you")
+        assert (sending.progress.lines, sending.progress.gaps) == (2, 0)
+    logs.append(late)
+    found = verify(tmp_path / "out.opk")
+    assert found.complete
+    assert len(found.regressions) == 3
+    got = told(tmp_path / "out.opk", tmp_path / "back")
+    assert sorted(got.values()) == sorted([before, before, before, *(log.read_bytes() for log in logs)])
+
+
+async def test_sender_that_asks_for_what_is_not_its_own_is_refused(tmp_path: Path) -> None:
+    """A source that was not begun, or more than a message holds, ends the connection with a reason."""
+    async with Collector(tmp_path / "out.opk") as collector:
+        for want in (wire.want(0, 0, 1, None), wire.want(0, 0, wire.WANT_BYTES + 1, None), wire.WANT + b"short"):
+            async with connect(collector.address, PrefixFramer) as plain:
+                await plain.send(wire.hello("me"))
+                await plain.send(want)
+                answers = [packet.payload async for packet in plain]
+            assert answers[0] == wire.READY
+            assert answers[1].startswith(wire.REFUSED)
 
 
 async def test_broken_connection_is_told_and_the_next_goes_on(tmp_path: Path) -> None:
@@ -347,6 +395,11 @@ WRONG: dict[str, list[bytes]] = {
     "gap where no file ends": [
         source(),
         wire.FRAME + encode(FrameType.GAP, struct.pack("<QQQB7x", 0, NONE_U64 - 1, 0, 1)),
+        END,
+    ],
+    "gap of a damaged packet file": [
+        source(),
+        wire.FRAME + encode(FrameType.GAP, struct.pack("<QQQB7x", 0, 5, NONE_U64 - 1, GapReason.DAMAGED)),
         END,
     ],
     "seen of no source": [wire.seen(3, b"", b""), END],

@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
 import offload
-from offload.files.packet_file import FrameSource
+from offload.files.frame_source import FrameSource
 from offload.merge.audit import verify
 from offload.merge.split import split
 from offload.packets.format import FrameType

@@ -20,6 +20,7 @@ from zlib import crc32
 DATA = Path(__file__).parent.parent / "data" / "packets"
 
 FILE, LINES, PACKETS, SOURCE, COMMIT, GAP, INDEX, SEAL, NOTE = range(9)
+RESTATED = 128
 FIRST, MIDDLE, LAST, UNTERMINATED, TABLE = 1, 2, 4, 8, 16
 OPEN_FRAGMENT, OPEN_LINE = 1, 2
 NONE_U64 = 2**64 - 1
@@ -32,14 +33,15 @@ def blake(data: bytes) -> bytes:
 class Golden:
     """A packet file in the making. Every number is given by hand or kept here, none is computed by `offload`."""
 
-    def __init__(self, epoch: int = 0x0BADCAFE) -> None:
+    def __init__(self, epoch: int = 0x0BADCAFE, *, segment: int = 0, chain: bytes = bytes(32)) -> None:
         self.data = b""
         self.epoch = epoch
         self.time_ns = 1_700_000_000_000_000_000
         self.prev_len = 0
-        self.chained = [bytes(32)]  # the chain of the last COMMIT and the headers since
+        self.chained = [chain]  # the chain of the last COMMIT and the headers since
         self.last_commit = NONE_U64
-        self.frame(FILE, struct.pack("<16sI32s", b"golden file, id.", 0, bytes(32)) + "offload tests · v1".encode())
+        info = struct.pack("<16sI32s", b"golden file, id.", segment, chain)
+        self.frame(FILE, info + "offload tests · v1".encode())
 
     def frame(
         self,
@@ -87,6 +89,20 @@ class Golden:
         payload = struct.pack("<QQQ32sIB3x", durable, self.last_commit, total, chain, len(entries), full)
         self.chained = [chain]
         self.last_commit = self.frame(COMMIT, payload + b"".join(entries))
+
+    def again(self, path: bytes, before: bytes, stands: bytes, *, inode: int) -> int:
+        """A SOURCE frame that states a source again, where the entry `stands` says."""
+        source, generation, frame, off, seq = struct.unpack_from("<IIQQQ", stands)
+        assert frame == len(self.data), "the entry names another place"
+        payload = struct.pack("<QQQQB7x", 0xFD00, inode, 0, 0, 0) + before + stands + path
+        return self.frame(SOURCE, payload, flags=RESTATED, source=source, seq=seq, off=off, generation=generation)
+
+    def seal(self, index: int, lines: int, begun_ns: int) -> bytes:
+        """Close it as a segment; the chain that the next one names."""
+        chain = hashlib.sha256(b"".join(self.chained)).digest()
+        self.chained = [chain]
+        self.frame(SEAL, struct.pack("<QQQ32s", index, lines, begun_ns, chain))
+        return hashlib.sha256(b"".join(self.chained)).digest()
 
 
 def entry(
@@ -227,6 +243,49 @@ def forged() -> bytes:
     return g.data
 
 
+def sealed() -> bytes:
+    """A segment: source 0 was rotated in it, and the last line of source 1 goes on in the next segment."""
+    return closed()[0].data
+
+
+def next_segment() -> bytes:
+    """The segment behind that one: it states both sources again, of source 0 without its generation 0."""
+    _, chain = closed()
+    g = Golden(segment=1, chain=chain)
+    first, second = len(g.data), len(g.data) + 64 + 40 + 88 + 88 + len(b"app.log")
+    ended = entry(0, NONE_U64, 4, 1, b"old\n")
+    new, other = entry(0, first, 4, 2, b"new\n", generation=1), entry(1, second, 5, 0, b"begun", flags=1)
+    g.again(b"app.log", ended, new, inode=4712)
+    g.again(b"other.log", b"", other, inode=4713)
+    g.commit(0, new, other, full=True)
+    g.frame(LINES, b" here\n", flags=4, source=1, off=5, count=1)
+    g.commit(1, entry(1, second, 11, 1, b"begun here\n"[:5], b" here\n"), full=False)
+    return g.data
+
+
+def closed() -> tuple[Golden, bytes]:
+    g = Golden()
+    begun_ns = 1_700_000_000_000_000_000
+    at = g.source(b"app.log", 0)
+    g.frame(LINES, b"old\n", count=1)
+    after = g.source(b"app.log", 0, entry(0, at, 4, 1, b"old\n"), inode=4712, generation=1, seq=1)
+    other = g.source(b"other.log", 1, inode=4712)
+    g.frame(LINES, b"new\n", seq=1, count=1, generation=1)
+    g.frame(LINES, b"begun", flags=1, source=1)
+    committed_ns = g.time_ns
+    g.commit(2, entry(0, after, 4, 2, b"new\n", generation=1), entry(1, other, 5, 0, b"begun", flags=1), full=True)
+    place = b"".join(map(leb128, (g.last_commit, 2 * committed_ns, 2)))
+    index = g.frame(INDEX, place)
+    return g, g.seal(index, 2, begun_ns)
+
+
+def leb128(number: int) -> bytes:
+    out = b""
+    while number > 127:
+        out, number = out + bytes([number % 128 + 128]), number // 128
+    return out + bytes([number])
+
+
 FILES: dict[str, Callable[[], bytes]] = {
     "empty.opk": empty,
     "every_type.opk": every_type,
@@ -234,6 +293,8 @@ FILES: dict[str, Callable[[], bytes]] = {
     "fragments.opk": fragments,
     "hole.opk": hole,
     "rotated.opk": rotated,
+    "series.000000.opk": sealed,
+    "series.opk": next_segment,
     "torn.opk": torn,
     "two_runs.opk": two_runs,
 }

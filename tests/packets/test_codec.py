@@ -375,7 +375,7 @@ def test_sound_frames_with_senseless_payloads_raise_packet_errors_only(
         (sealed()[:60] + bytes(4), f"header checksum is {crc32(sealed()[:60]):08x}, expected 00000000"),
         (sealed(version=2), "version is 2, this reader knows 1; use a newer offload"),
         (sealed(type=9), "frame type is 9, known are 0 to 8"),
-        (sealed(flags=32), "flags are 0x20, known are 0x1f; use a newer offload"),
+        (sealed(flags=32), "flags are 0x20, known are 0xdf; use a newer offload"),
         (sealed(payload_len=MAX_PAYLOAD + 1), "payload is 16777217 bytes, limit is 16777216"),
     ],
 )
@@ -388,12 +388,31 @@ def test_header_says_what_is_wrong_with_it(header: bytes, message: str) -> None:
 
 @pytest.mark.parametrize("bit", range(16))
 def test_unknown_flags_are_refused(bit: int) -> None:
-    """Each single flag is known to this reader (the lowest five) or refused, so a new meaning is never passed over."""
-    if bit < 5:
+    """Each single flag is known to this reader (all but ZSTD) or refused, so a new meaning is never passed over."""
+    if bit < 5 or 1 << bit in (Flag.HOLE, Flag.RESTATED):
         assert unpack_header(sealed(flags=1 << bit)).flags == 1 << bit
     else:
-        with pytest.raises(PacketError, match=f"flags are {1 << bit:#x}, known are 0x1f"):
+        with pytest.raises(PacketError, match=f"flags are {1 << bit:#x}, known are 0xdf"):
             unpack_header(sealed(flags=1 << bit))
+
+
+@pytest.mark.parametrize(
+    ("payload", "message"),
+    [
+        (b"", "HOLE payload is 0 bytes, expected 8"),
+        (bytes(9), "HOLE payload is 9 bytes, expected 8"),
+        (b"\xff" * 8, "hole of 18446744073709551615 bytes at byte 5 of its source ends behind 2**63"),
+    ],
+)
+def test_a_hole_says_what_is_wrong_with_it(payload: bytes, message: str) -> None:
+    """A hole holds one length that fits a file; it has no lines, packets or bytes of its own, whatever the length."""
+    header = unpack_header(encode(FrameType.LINES, payload, flags=Flag.HOLE, source_off=5))
+    with pytest.raises(PacketError) as caught:
+        Frame(77, header, payload).hole  # noqa: B018 - it is asked for
+    assert (caught.value.message, caught.value.offset) == (message, 77)
+    length = (1 << 62).to_bytes(8, "little")
+    frame = Frame(77, unpack_header(encode(FrameType.LINES, length, flags=Flag.HOLE)), length)
+    assert (frame.hole, frame.lines(), frame.packets(), frame.content()) == (1 << 62, [], [], b"")
 
 
 def test_payload_checksum_says_what_is_wrong() -> None:
@@ -670,8 +689,8 @@ def test_noise_is_not_kept() -> None:
 # --- the payloads that describe the file ----------------------------------------------------------------------------
 
 
-def frame_of(type: FrameType, payload: bytes, generation: int = 0) -> Frame:
-    (frame,) = PacketDecoder().feed(encode(type, payload, generation=generation))
+def frame_of(type: FrameType, payload: bytes, generation: int = 0, flags: Flag = Flag.NONE) -> Frame:
+    (frame,) = PacketDecoder().feed(encode(type, payload, generation=generation, flags=flags))
     return frame
 
 
@@ -703,13 +722,15 @@ def test_file_info_reads_what_is_not_utf8() -> None:
         st.sampled_from(Compression),
         st.binary(max_size=140),
         st.one_of(st.none(), entries),
+        st.one_of(st.none(), entries),
     )
 )
 @calm
 def test_source_info_goes_both_ways(info: SourceInfo) -> None:
     """What SOURCE holds is read back as it was written, first generation or not; a path is bytes."""
     generation = 0 if info.before is None else info.before.generation % (2**32 - 1) + 1
-    found = SourceInfo.unpack(frame_of(FrameType.SOURCE, info.pack(), generation))
+    flags = Flag.NONE if info.stands is None else Flag.RESTATED
+    found = SourceInfo.unpack(frame_of(FrameType.SOURCE, info.pack(), generation, flags))
     assert found == info
     assert isinstance(found.compression, Compression)
     assert found.before is None or isinstance(found.before.flags, EntryFlag)

@@ -84,7 +84,17 @@ def test_layouts_have_fixed_sizes(layout: struct.Struct, size: int) -> None:
         ),
         (
             Flag,
-            {"NONE": 0, "FIRST": 1, "MIDDLE": 2, "LAST": 4, "UNTERMINATED": 8, "TABLE": 16, "ZSTD": 32, "HOLE": 64},
+            {
+                "NONE": 0,
+                "FIRST": 1,
+                "MIDDLE": 2,
+                "LAST": 4,
+                "UNTERMINATED": 8,
+                "TABLE": 16,
+                "ZSTD": 32,
+                "HOLE": 64,
+                "RESTATED": 128,
+            },
         ),
         (EntryFlag, {"NONE": 0, "OPEN_FRAGMENT": 1, "OPEN_LINE": 2}),
         (GapReason, {"TRUNCATED": 1, "UNLINKED": 2, "GIVEN_UP": 3, "REGRESSION": 4, "DAMAGED": 5}),

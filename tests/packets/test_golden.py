@@ -15,6 +15,7 @@ from offload.packets.codec import CommitInfo, Damage, SourceInfo
 from offload.packets.format import EntryFlag
 from offload.packets.ledger import digest
 from offload.packets.recover import Hole, generations
+from offload.packets.restate import contradictions
 
 WRITER = Path(__file__).with_name("golden.py")
 DATA = Path(__file__).parent.parent / "data" / "packets"
@@ -28,6 +29,8 @@ SHA256 = {
     "fragments.opk": "d7601947574b1f8d68927cec6262294a4ce7eb37762fefd11692fdd14fe89f7a",
     "hole.opk": "39fd18bc53adb4f3a48a2012057910c07693e678092bf4a68c32c6dcaa681196",
     "rotated.opk": "3451c3b275d2a1190c53f5f79690ed22378335631a7e7e53ab786f918516fd15",
+    "series.000000.opk": "a2114db466403d53c82ed0cad0f065295b7dd7b1a6bd8304e4cdac5227e239aa",
+    "series.opk": "1997f2280c71063f3bf1df9a5ce02ac0c522d422955fea5fdf4caf747745d79d",
     "torn.opk": "3782c877d95f1f134fec7267b3a177f1ecefdc647e20819e1a34586729857bb4",
     "two_runs.opk": "cc66a837209c3790ba2395a23ec9edfbf21b77753715f81d8a1caf76412edcbc",
 }
@@ -80,6 +83,8 @@ def test_page_alone_is_enough_to_write_the_golden_files() -> None:
             "FILE SOURCE SOURCE LINES COMMIT LINES SOURCE LINES GAP SOURCE SOURCE LINES COMMIT",
             [],
         ),
+        ("series.000000.opk", "FILE SOURCE LINES SOURCE SOURCE LINES LINES COMMIT INDEX SEAL", []),
+        ("series.opk", "FILE SOURCE SOURCE COMMIT LINES COMMIT", []),
         ("torn.opk", "FILE SOURCE LINES COMMIT LINES", TORN),
         ("two_runs.opk", "FILE SOURCE LINES COMMIT COMMIT LINES COMMIT", []),
     ],
@@ -120,7 +125,8 @@ def test_golden_file_has_no_faults(name: str) -> None:
             assert found == ledger.commit(found.durable_upto)
         if frame.header.type is FrameType.SOURCE:
             state = ledger.sources.get(frame.header.source_id)
-            assert SourceInfo.unpack(frame).before == (None if state is None else state.entry())
+            if not frame.header.flags & Flag.RESTATED:
+                assert SourceInfo.unpack(frame).before == (None if state is None else state.entry())
         ledger.apply(frame.header, frame.payload, data[frame.offset : frame.offset + 64], frame.offset)
 
 
@@ -133,6 +139,8 @@ def test_golden_file_has_no_faults(name: str) -> None:
         ("fragments.opk", 5, 0, None),
         ("hole.opk", 2, 741 - 601, Hole(601, 670)),
         ("rotated.opk", 3, 0, None),
+        ("series.000000.opk", 2, 0, None),
+        ("series.opk", 1, 0, None),
         ("torn.opk", 2, 679 - 601, None),
         ("two_runs.opk", 2, 0, None),
     ],
@@ -166,6 +174,24 @@ def test_golden_rotation_tells_each_file_that_was_read() -> None:
         (digest(b"second"), nothing),
         (digest(b"first file\nits end"), digest(b"first file\nits end")),
     ]
+
+
+def test_golden_series_is_one_file() -> None:
+    """The second segment names the end of the first, and states each source as it stood there."""
+    ledgers: list[Ledger] = []
+    for name in ("series.000000.opk", "series.opk"):
+        data, ledger = (DATA / name).read_bytes(), Ledger()
+        for frame in decode(data)[0]:
+            ledger.apply(frame.header, frame.payload, data[frame.offset : frame.offset + 64], frame.offset)
+            if ledgers and ledger.last_commit == frame.offset and not ledger.total_lines:
+                assert list(contradictions(ledgers[0], ledger)) == []
+        ledgers.append(ledger)
+    assert [ledger.sealed for ledger in ledgers] == [True, False]
+    read_at = lambda offset, length: data[offset : offset + length]  # noqa: E731
+    first, second = recover(read_at, len(data)).ledger.sources.values()
+    assert (first.generation, first.next_seq, first.resume_off, first.head_hash) == (1, 2, 4, digest(b"new\n"))
+    assert (second.next_seq, second.resume_off, second.open) == (1, 11, EntryFlag.NONE)
+    assert list(generations(read_at, len(data), first)) == []
 
 
 def test_golden_packets_and_lines() -> None:

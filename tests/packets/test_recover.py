@@ -25,6 +25,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from offload.errors import PacketError
 from offload.packets import Flag, Frame, FrameType, GapReason, Ledger, PacketDecoder, Recovery, encode, recover
 from offload.packets.codec import (
+    CommitEntry,
     CommitInfo,
     FileInfo,
     GapInfo,
@@ -45,6 +46,7 @@ from offload.packets.format import (
 )
 from offload.packets.ledger import SourceState, digest
 from offload.packets.recover import Hole, generations
+from offload.packets.sealed import SealInfo
 
 # By import_module, as the name `recover` in the package is the function.
 recover_module = importlib.import_module("offload.packets.recover")
@@ -114,7 +116,7 @@ class Draft:
         return self.put(FrameType.GAP, GapInfo(start, end, NONE_U64, GapReason.TRUNCATED).pack(), source_id=source_id)
 
     def commit(self, durable_upto: int | None = None) -> Frame:
-        durable = self.ledger.durable_upto if durable_upto is None else durable_upto
+        durable = len(self.data) if durable_upto is None else durable_upto  # as a writer does that syncs
         return self.put(FrameType.COMMIT, self.ledger.commit(durable).pack())
 
     def recover(self, size: int | None = None) -> Recovery:
@@ -411,7 +413,7 @@ def test_commit_that_points_to_another_sources_frame_is_refused() -> None:
     """Recovery takes no source's path from the SOURCE frame of another."""
     d = Draft()
     first, second = d.source(b"first"), d.source(b"second")
-    info = d.ledger.commit(0)
+    info = d.ledger.commit(d.ledger.end)
     entries = tuple(e._replace(source_frame=d.ledger.sources[first].source_frame) for e in info.entries)
     _, raw = d.make(FrameType.COMMIT, info._replace(entries=entries).pack())
     with pytest.raises(PacketError, match=f"the SOURCE frame of source {second} is damaged"):
@@ -424,7 +426,7 @@ def test_commit_that_points_to_an_earlier_generations_frame_is_refused() -> None
     app = d.source()
     first = d.ledger.sources[app].source_frame
     d.generation(app)
-    info = d.ledger.commit(0)
+    info = d.ledger.commit(d.ledger.end)
     entries = tuple(e._replace(source_frame=first) for e in info.entries)
     _, raw = d.make(FrameType.COMMIT, info._replace(entries=entries).pack())
     with pytest.raises(PacketError, match=f"the SOURCE frame of source {app} is damaged"):
@@ -468,6 +470,51 @@ def test_damaged_payload_before_the_last_commit_costs_recovery_nothing() -> None
     bad = bytearray(d.data)
     bad[bad.index(b"new\n")] ^= 1
     assert snapshot(recover_bytes(bytes(bad)).ledger) == snapshot(d.ledger)
+
+
+def test_damage_behind_what_is_durable_is_found_although_a_commit_stands_behind() -> None:
+    """Recovery goes on from the last COMMIT before which all was on the disk, and checks every payload behind it."""
+    d = Draft()
+    app = d.source()
+    d.lines(app, b"one\n" * 9)
+    durable = d.commit()
+    lost = d.lines(app, b"two\n" * 9)
+    d.commit(durable.offset)
+    d.lines(app, b"three\n")
+    last = d.commit(durable.offset)
+    whole = recover(lambda at, n: bytes(d.data[at : at + n]), len(d.data))
+    assert (whole.checked, whole.ledger.end, whole.hole) == (durable.offset, last.end, None)
+    d.data[lost.end - 3] ^= 1
+    found = recover(lambda at, n: bytes(d.data[at : at + n]), len(d.data))
+    assert found.ledger.end == lost.offset
+    assert found.hole == Hole(lost.offset, lost.end)
+    assert [header.seq for header in found.behind] == [18]
+
+
+def test_commit_far_from_the_end_is_believed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that was never synced is not read whole: farther back than a writer ever leaves unsynced, all is taken."""
+    d = Draft()
+    app = d.source()
+    commits = []
+    for _ in range(50):
+        d.lines(app, b"line\n" * 20)
+        commits.append(d.commit(0))
+    assert recover(lambda at, n: bytes(d.data[at : at + n]), len(d.data)).checked == 0
+    monkeypatch.setattr(recover_module, "_CHECKED", 1000)
+    found = recover(lambda at, n: bytes(d.data[at : at + n]), len(d.data))
+    assert found.checked == next(c.offset for c in reversed(commits) if len(d.data) - c.offset >= 1000)
+    assert snapshot(found.ledger) == snapshot(d.ledger)
+
+
+@pytest.mark.parametrize(("size", "empty"), [(64, True), (123, True), (512, True), (513, False)])
+def test_zeros_instead_of_the_first_frame_are_an_empty_packet_file(size: int, empty: bool) -> None:
+    """A power cut can keep a new file's size and not its one frame; what is longer is no packet file."""
+    if empty:
+        found = recover(lambda at, n: bytes(max(0, min(n, size - at))), size)
+        assert (found.ledger.end, found.torn, found.hole) == (0, size, None)
+    else:
+        with pytest.raises(PacketError, match="expected the magic"):
+            recover(lambda at, n: bytes(max(0, min(n, size - at))), size)
 
 
 def test_damaged_header_before_the_last_commit_leads_to_the_commit_before() -> None:
@@ -583,6 +630,20 @@ def test_forged_commit_in_a_damaged_line_is_not_believed() -> None:
     assert snapshot(found.ledger) == d.snapshots[frame.offset]
     assert found.hole == Hole(frame.offset, at)
     assert found.behind == (behind.header,)
+
+
+def test_what_stands_behind_damage_is_told_in_bounded_memory() -> None:
+    """Of each source the frame that ends farthest, and one of those that nobody knows, however many there are."""
+    d = story()
+    app, sources = d.ledger.sources[0].source_id, len(d.ledger.sources)
+    hit = d.lines(app, b"damaged\n")
+    behind = [d.lines(app, b"behind %d\n" % number) for number in range(50)]
+    unknown = [d.lines(d.source(b"new %d" % number), b"x\n") for number in range(50)]
+    bad = bytearray(d.data)
+    bad[hit.offset] ^= 1
+    found = recover_bytes(bytes(bad))
+    assert found.behind == (behind[-1].header, unknown[0].header)
+    assert len(found.behind) <= sources + 1
 
 
 def test_header_in_a_damaged_line_hides_no_frame_behind_it() -> None:
@@ -1014,6 +1075,34 @@ def no_commit_yet(d: Draft) -> None:
     d.ledger.last_full = NONE_U64
 
 
+def committed(d: Draft) -> None:
+    d.lines(1, b"end\n", flags=Flag.LAST, count=1)
+    d.commit()
+    d.ledger.total_lines = 2
+
+
+def seal_with(d: Draft, **changes: Any) -> Frame:
+    info = SealInfo(NONE_U64, d.ledger.total_lines, 5, d.ledger.next_chain())
+    return due(d, FrameType.SEAL, info._replace(**changes).pack())
+
+
+def seal(d: Draft) -> None:
+    d.ledger.sealed = True
+
+
+def uncommitted(d: Draft) -> None:
+    d.ledger.last_commit = NONE_U64
+
+
+def again(d: Draft, before: CommitEntry | None = None, *, source_id: int = 0, **changes: Any) -> Frame:
+    """A source that is stated again, at line 5 and byte 50; `changes` are made to what its entry says."""
+    generation = changes.get("generation", 0)
+    stands = CommitEntry(source_id, generation, 0, 50, 5, 0, 0, 0, 0, EntryFlag.NONE, bytes(16), bytes(16))
+    info = SourceInfo(0, 0, 0, 0, Compression.NONE, b"new", before, stands._replace(**changes))
+    place = {"source_id": source_id, "generation": generation, "seq": 5, "source_off": 50}
+    return due(d, FrameType.SOURCE, info.pack(), flags=Flag.RESTATED, **place)
+
+
 Prepare = Callable[[Draft], None] | None
 CASES: list[tuple[str, Prepare, Callable[[Draft], Frame]]] = [
     ("no FILE frame at the start", empty_ledger, lambda d: due(d, FrameType.NOTE)),
@@ -1085,6 +1174,17 @@ CASES: list[tuple[str, Prepare, Callable[[Draft], Frame]]] = [
         lambda d: due(d, FrameType.GAP, gap_payload(8, 7)),
     ),
     ("source 0 counts 1 lines, found 2", None, lambda d: due(d, FrameType.LINES, b"x\ny\n", count=1)),
+    (
+        "source 0 counts 1 lines in a hole, expected 0",
+        None,
+        lambda d: due(d, FrameType.LINES, bytes(8), flags=Flag.HOLE, count=1),
+    ),
+    ("HOLE payload is 7 bytes, expected 8", None, lambda d: due(d, FrameType.LINES, bytes(7), flags=Flag.HOLE)),
+    (
+        "source 0 has LINES with flags 0x42, which do not stand together",
+        None,
+        lambda d: due(d, FrameType.LINES, bytes(8), flags=Flag.HOLE | Flag.MIDDLE),
+    ),
     ("source 0 counts 2 packets, found 1", None, lambda d: due(d, FrameType.PACKETS, b"x", count=2)),
     ("defines source 3, expected 2", None, lambda d: due(d, FrameType.SOURCE, source_payload(), source_id=3)),
     (
@@ -1183,6 +1283,32 @@ CASES: list[tuple[str, Prepare, Callable[[Draft], Frame]]] = [
         None,
         lambda d: entry_with(d, flags=EntryFlag.OPEN_LINE),
     ),
+    ("stands behind the SEAL, which is a segment's last frame", seal, lambda d: due(d, FrameType.NOTE)),
+    ("SEAL payload is 1 bytes, expected at least 56", None, lambda d: due(d, FrameType.SEAL, b"x")),
+    (
+        f"chain is {'11' * 8}…, found {{chain}}…: a frame was changed",
+        committed,
+        lambda d: seal_with(d, chain=b"\x11" * 32),
+    ),
+    ("counts 7 lines in the segment, found 2", committed, lambda d: seal_with(d, lines=7)),
+    ("seals what no COMMIT lists", None, seal_with),
+    ("source 2 is stated again behind the first COMMIT", None, lambda d: again(d, source_id=2)),
+    ("states source 3 again, expected 2", uncommitted, lambda d: again(d, source_id=3)),
+    (
+        "source 0 is stated again at generation 3, expected 1",
+        uncommitted,
+        lambda d: again(d, d.ledger.sources[0].entry(), generation=3),
+    ),
+    (
+        "source 2 is stated again with an entry of another place",
+        uncommitted,
+        lambda d: again(d, source_id=2, next_seq=8),
+    ),
+    (
+        "puts source 0 at generation 0, byte 7, line 2; found 0, 8, 2",
+        uncommitted,
+        lambda d: again(d, d.ledger.sources[0].entry()._replace(resume_off=7), generation=1),
+    ),
 ]
 
 
@@ -1208,7 +1334,7 @@ def test_each_fault_is_told_in_one_sentence(sentence: str, prepare: Prepare, mak
 def test_every_sentence_has_a_case() -> None:
     """The list of cases reaches each `yield` of the ledger, and of the function that judges entries."""
     yields: set[int] = set()
-    for part in (Ledger, ledger_module._entry_faults):
+    for part in (Ledger, ledger_module.entry_faults):
         lines, start = inspect.getsourcelines(part)
         tree = ast.parse(textwrap.dedent("".join(lines)))
         yields |= {start + node.lineno - 1 for node in ast.walk(tree) if isinstance(node, ast.Yield)}

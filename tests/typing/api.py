@@ -188,6 +188,29 @@ async def streams(path: str, secret: bytes) -> None:
     offload.Send([path], "host:7000")  # error: call-arg / reportCallIssue
 
 
+async def merges(paths: list[str], out: str) -> None:
+    async with offload.merge(paths, out, follow=True, fsync="always") as merge:
+        assert_type(merge, offload.EmbeddedMerge)
+        assert_type(await merge.caught_up(), None)
+        assert_type(await merge.run(), offload.Progress)
+        assert_type(merge.progress.lag_bytes, int)
+        merge.reconfigure(sources=offload.Sources(paths), linger=5)
+        merge.reconfigure(lingre=5)  # error: call-arg / reportCallIssue
+    offload.merge(paths)  # error: call-arg / reportCallIssue
+    offload.merge(paths, out, fsync="often")  # error: arg-type / reportArgumentType
+    positions: dict[str, str] = {}
+    async for batch in offload.tail(paths, follow=True, resume=positions):
+        assert_type(batch, offload.Batch)
+        assert_type(batch.lines, list[bytes])
+        positions[batch.source] = batch.position
+        batch.lines.append("text")  # error: arg-type / reportArgumentType
+    await offload.tail(paths).aclose()
+    offload.tail(paths, resume=positions.values())
+    offload.tail(paths, resume=5)  # error: arg-type / reportArgumentType
+    for _ in offload.tail(paths):  # error: attr-defined / reportGeneralTypeIssues,reportAttributeAccessIssue
+        pass
+
+
 async def checks(packet: bytes, handler: Callable[[offload.Connection], Awaitable[object]]) -> None:
     async with offload.Verifier("sha256", workers="threads") as digests:
         assert_type(digests, offload.Verifier[bytes])
