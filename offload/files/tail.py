@@ -227,17 +227,20 @@ class Tail(Succession):
                 return self._cut(reading, before, steps)
             if shrunk and (reading.padded is None or reading.size < reading.padded):
                 self._out.gap(reading, steps, GapReason.TRUNCATED)  # of the last line, which was not given out yet
-            reading.padded = None
-            want = reading.end - reading.offset
+            padded, want = reading.padded, reading.end - reading.offset
             if want > 0:
                 guard = len(reading.guard)
                 if arena.room - guard < min(want, _ROOM):
                     return _After.MORE
                 fresh = arena.at == 0
-                start, end = fill(reading, arena, min(want, arena.room - guard))
+                length = min(want, arena.room - guard)
+                start, end = fill(reading, arena, length)
                 if end < start:
                     return self._cut(reading, before, steps)
-                last = reading.offset + end - start >= reading.end
+                reading.padded, there = None, reading.offset + end - start
+                if padded is not None and padded <= there < reading.offset + length:
+                    reading.size = there  # it was cut since the look, and lost nothing but NULs
+                last = there >= reading.end
                 limit = end - start if fresh and not last else len(arena.data)
                 at = reading.offset
                 self._out.give(reading, arena, start, end, steps, ended=ended, last=last, limit=limit)
@@ -247,6 +250,8 @@ class Tail(Succession):
                     continue
             elif reading.guard and mtime_ns != reading.checked_ns and not reading.stands():
                 return self._cut(reading, before, steps)  # written anew, and as long as before
+            else:
+                reading.padded = None
             reading.checked_ns = mtime_ns
             return _After.END
 

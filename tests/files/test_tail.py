@@ -19,7 +19,7 @@ from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_s
 from offload.files import tail as module
 from offload.files.descriptor import open_regular
 from offload.files.packet_file import PacketFile, Piece
-from offload.files.reading import ARENA_BYTES, Arena, Begin, Gap, Seen, Step
+from offload.files.reading import ARENA_BYTES, Arena, Begin, Gap, Seen, Step, fill
 from offload.files.rotated import Resume, is_former
 from offload.files.tail import Tail
 from offload.merge.audit import verify
@@ -446,6 +446,29 @@ def test_a_partial_first_line_that_was_cut_off_is_stated(log: Log) -> None:
     log.read()
     assert log.given == [b"new\n"]
     assert log.gaps == [[(0, GapReason.TRUNCATED)]]
+
+
+@pytest.mark.parametrize(("keeps", "gaps"), [(b"two\n", []), (b"t", [(5, GapReason.TRUNCATED)])])
+def test_room_that_is_given_back_while_it_is_read(
+    log: Log, monkeypatch: pytest.MonkeyPatch, keeps: bytes, gaps: list[tuple[int, GapReason]]
+) -> None:
+    """Between the look at the length and the read: nothing but the NULs that were seen is gone, or something is."""
+    log.path.write_bytes(b"one\ntw" + bytes(100_000))
+    log.read()
+
+    def cut(*args: Any) -> tuple[int, int]:
+        monkeypatch.undo()
+        with log.path.open("r+b") as file:
+            file.seek(4)
+            file.write(keeps)
+            file.truncate()
+        return fill(*args)
+
+    monkeypatch.setattr(module, "fill", cut)
+    log.read()
+    log.read(final=True)
+    assert log.given == [b"one\n" + keeps]
+    assert log.gaps == [gaps]
 
 
 def test_a_deleted_file_is_read_to_its_end(log: Log) -> None:
