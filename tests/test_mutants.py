@@ -167,6 +167,11 @@ MUTANTS = {
             "tests/net/test_send.py::test_rotated_file_is_known_again_by_the_next_connection",
         ],
     ),
+    "the system tells the name that a file has": Mutant(
+        "merge/engine.py",
+        [("                    if tail.path in told:\n", "                    if changed is None:\n")],
+        [f"{ROTATED}::test_14_late_lines_of_which_the_system_tells_under_another_name"],
+    ),
     "two writers": Mutant(
         "files/rolling.py",
         [("            lock(file.fd, live)\n", "")],

@@ -242,7 +242,7 @@ class Beside:
             plain = path is not None and unpacked_name(path) == path  # otherwise it has the number of one that is gone
             if path is not None and plain and _status(path)[0] != former.entry.resume_off:
                 paths.append(path)
-        left = _left(present.info, history)
+        left = _last_of_each(present.info, history)
         if packed:
             paths += self._packed_since(min(map(_changed_ns, late)), left)
         found: list[Grown] = []
@@ -345,7 +345,7 @@ def continues(contents: Contents, wanted: Resume) -> bool:
     return holds(contents, wanted.entry) is not None
 
 
-def _left(present: SourceInfo, history: Sequence[Resume]) -> list[Resume]:
+def _last_of_each(present: SourceInfo, history: Sequence[Resume]) -> list[Resume]:
     """The last generation of each file but the present one, whose earlier ones were cut."""
     last = {former.info[:3]: former for former in history}  # device, inode, when it was made
     if present.birth_ns:
