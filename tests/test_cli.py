@@ -639,7 +639,9 @@ def test_follow_through_rename_and_truncation(logs: Path, out: Path) -> None:
     told = run("verify", out).out.decode()
     assert "stated as lost: app.log from byte 2 to its end: truncated" in told
     entry = run("stat", "--json", out).json["sources"][0]
-    assert (entry["lines"], entry["generation"], entry["gaps"]) == (4, 2, 1)
+    assert (entry["lines"], entry["gaps"]) == (4, 1)
+    # If the new file was found just when the old one had been read, what the old one still got went on from there.
+    assert entry["generation"] in (2, 4)
     assert [gap["reason"] for gap in run("verify", "--json", out).json["gaps"]] == ["truncated"]
 
 

@@ -51,6 +51,14 @@ def watchdog(request: pytest.FixtureRequest) -> Iterator[None]:
     timer.join()
 
 
+@pytest.fixture(autouse=True)
+def own_heap() -> Iterator[None]:
+    """What earlier tests left is not collected here: that may take longer than what is tested."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @pytest.fixture(autouse=True, scope="session")
 def first_uvloop() -> None:
     """The first uvloop of a process opens a pipe for signals that stays open."""
