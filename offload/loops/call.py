@@ -27,6 +27,7 @@ import enum
 import logging
 import signal as signals
 import sys
+import threading
 import traceback
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future as ThreadFuture
@@ -425,6 +426,11 @@ def signal() -> ThreadFuture[None]:
     future: ThreadFuture[None] = ThreadFuture()
     future.set_running_or_notify_cancel()
     return future
+
+
+def unlock(future: ThreadFuture[Any]) -> None:
+    """In a forked child: a thread that is not here may have held the future's lock, and nobody waits for it."""
+    future._condition, future._waiters = threading.Condition(), []
 
 
 def arrival(future: ThreadFuture[R]) -> asyncio.Future[R]:

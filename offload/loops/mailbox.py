@@ -48,6 +48,7 @@ from .call import (
     Submission,
     holdable,
     interrupted_by_user,
+    unlock,
 )
 from .port import Bell, Port, port_here, wake
 
@@ -242,8 +243,7 @@ class Mailbox:
         with self.gate:
             self.refusal = refusal
             self.closing.set()
-            queued = [*self._queue, *(self._outer if self._outer is not self._queue else ())]
-            left = [e for e in (self.running, *self._tasks, *queued) if e is not None]
+            left = self._left()
             self.running = self._span = None
             self._failed = True
             self._dead = 0
@@ -263,9 +263,19 @@ class Mailbox:
             self._bell = None
 
     def renew(self) -> None:
-        """In a forked child: the gate may have been held by a thread that is not here."""
+        """In a forked child: any lock may have been held by a thread that is not here."""
         self.gate = threading.RLock()
         self.closing = threading.Event()
+        for entry in self._left():
+            if isinstance(entry, Submission):
+                unlock(entry.future)
+                if entry.state is FINISHED and not entry.future.done():  # whose outcome was on the way from that thread
+                    entry.state = RUNNING
+
+    def _left(self) -> list[Entry]:
+        """Every call that is here: the one that runs, coroutines, and what is queued."""
+        queued = [*self._queue, *(self._outer if self._outer is not self._queue else ())]
+        return [e for e in (self.running, *self._tasks, *queued) if e is not None]
 
     def put(self, entry: Entry, *, nowait: bool = False) -> None:
         """Take the next place; from any thread.

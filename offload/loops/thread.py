@@ -43,7 +43,7 @@ from typing import ParamSpec, Self, TypeVar
 
 from ..debug.announce import Announced, announced
 from ..errors import BrokenResourceError, ClosedResourceError, DeadlockError, ForkedError, OffloadError
-from .call import arrival, holdable, outlast, signal
+from .call import arrival, holdable, outlast, signal, unlock
 from .calls import Calls
 from .mailbox import Mailbox
 
@@ -324,6 +324,7 @@ class LoopThread(Calls, Executor):
         self._mailbox.fail(lambda: ForkedError(message))
         self._mailbox.hang_up()
         for future in (self._ready, self._ended):
+            unlock(future)
             if not future.done():
                 future.set_result(None)
 

@@ -22,10 +22,12 @@ import weakref
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future as ThreadFuture
 from contextvars import copy_context
 from typing import Any, NamedTuple
 
 from ..errors import OffloadError, QueueFullError
+from ..loops.call import unlock
 from ..loops.port import Port, port_here
 from ..packets.codec import Buffer
 from .check import DONE, NOTHING, PACKET_BYTES, RUNNING, WAITING, Check, Packet, Room, Submission, ThreadRoom, Verdict
@@ -311,11 +313,14 @@ class Order:
             self._rooms.pop(room, None)
 
     def after_fork(self) -> None:
-        """In a forked child: locks may be held by threads that are not here."""
+        """In a forked child: any lock may have been held by a thread that is not here."""
         self.lock = threading.RLock()
         for desk in list(self.desks.values()):
             if isinstance(desk, ThreadDesk):
                 desk.settling = threading.Lock()
+            for each in (*desk.order, *desk.ready, *self._rooms):
+                if isinstance(each, ThreadFuture):
+                    unlock(each)
 
     def stats(self, lost: int) -> VerifierStats:
         with self.lock:

@@ -84,7 +84,7 @@ def missing(reason: str) -> None:
 def download_suite(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The unpacked source archive of the aiofiles that is installed."""
     folder = tmp_path_factory.mktemp("aiofiles")
-    download = [sys.executable, "-m", "pip", "download", "--no-binary", ":all:", "--no-deps", f"aiofiles=={VERSION}"]
+    download = [sys.executable, "-m", "pip", "download", "--no-binary", "aiofiles", "--no-deps", f"aiofiles=={VERSION}"]
     options = ["--retries", "1", "--timeout", "10", "--disable-pip-version-check", "--dest", str(folder)]
     result = subprocess.run([*download, *options], capture_output=True, text=True, check=False)
     archives = list(folder.glob("aiofiles-*.tar.gz"))

@@ -670,7 +670,9 @@ def run_program(source: str, *, timeout: float = 25) -> tuple[int, str, str]:
 
 
 PRELUDE = """
-import asyncio, atexit, os, signal, sys, threading
+import asyncio, atexit, os, signal, sys, threading, time
+os.register_at_fork(after_in_child=lambda: signal.alarm(15))  # before ours run, which may be what hangs
+
 from offload.errors import *
 from offload.loops import LoopThread
 from offload.loops import thread as module
@@ -698,7 +700,6 @@ def in_child(work):
     sys.stdout.flush()
     pid = os.fork()
     if pid == 0:
-        signal.alarm(15)
         work()
         sys.exit(7)
     print("child ended with", os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
@@ -776,6 +777,46 @@ def test_fork_while_a_thread_makes_a_call_leaves_no_lock_in_the_child() -> None:
     *refusals, ended, last = out.splitlines()
     assert len(refusals) == 4
     assert (ended, last) == ("child ended with 7", "the parent goes on")
+    assert (code, err) == (0, "")
+
+
+@forking
+def test_fork_while_a_thread_is_inside_a_future_leaves_no_lock_in_the_child() -> None:
+    """A fork while others hold the locks of futures, and the outcome of one is on its way, does not hang the child."""
+    code, out, err = run_program("""
+        entered, gate, held, release = (threading.Event() for _ in range(4))
+
+        def block():
+            entered.set()
+            gate.wait()
+            return "ran"
+
+        def hold():
+            with running._condition, queued._condition, thread._ready._condition, thread._ended._condition:
+                held.set()
+                release.wait()
+
+        def child():
+            for future in (running, queued):
+                print(type(future.exception()).__name__)
+            try_all(thread)
+
+        with LoopThread("db") as thread:
+            running, queued = thread.submit(block), thread.submit(lambda: "ran too")
+            entered.wait()
+            holder = threading.Thread(target=hold)
+            holder.start()
+            held.wait()
+            gate.set()
+            while thread._mailbox.running.state.name == "RUNNING":
+                time.sleep(0.001)
+            in_child(child)
+            release.set()
+            print(running.result(), queued.result())
+    """)
+    first, second, *refusals, ended, last = out.splitlines()
+    assert (first, second, len(refusals)) == ("ForkedError", "ForkedError", 4)
+    assert (ended, last) == ("child ended with 7", "ran ran too")
     assert (code, err) == (0, "")
 
 
