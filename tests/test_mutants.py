@@ -78,7 +78,9 @@ MUTANTS = {
         [f"{KILLS}::test_killed_before_any_call_on_the_packet_file_it_goes_on", POWER],
     ),
     "no checksum of payloads": Mutant(
-        "packets/codec.py", [("            if found != header.payload_crc:\n", "            if False:\n")], [POWER]
+        "packets/codec.py",
+        [("            if found != header.payload_crc:\n", "            if False:\n")],
+        [f"{POWER}::test_all_but_one_page_is_there_after_a_power_cut"],
     ),
     "no checksum of headers": Mutant(
         "packets/codec.py", [("    if found != header_crc:\n", "    if False:\n")], ["tests/packets/test_codec.py"]
