@@ -28,6 +28,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import os as _os
 import sys
 import threading
 import weakref
@@ -407,8 +408,13 @@ class _Standard(_Hop):
         self._name = name
         self._on_cancel: OnCancel = on_cancel
         self._exit_timeout = exit_timeout
-        self._gate = threading.Lock()
         self._thread: LoopThread | None = None
+        self._renew()
+        if hasattr(_os, "register_at_fork"):
+            _os.register_at_fork(after_in_child=self._renew)
+
+    def _renew(self) -> None:
+        self._gate = threading.Lock()  # in a forked child: a thread that is not here may have held it
 
     def run_in_executor(self, executor: Executor | None, function: Callable[[], Any]) -> asyncio.Future[Any]:
         try:

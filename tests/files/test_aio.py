@@ -713,22 +713,34 @@ async def test_a_cancelled_read_of_stdin_holds_nobody_up(monkeypatch: pytest.Mon
 
 
 @pytest.mark.slow
-def test_a_forked_child_writes_to_its_standard_streams() -> None:
-    """After a fork the child's streams get threads of their own."""
+@pytest.mark.parametrize("amid", [False, True])
+def test_a_forked_child_writes_to_its_standard_streams(amid: bool) -> None:
+    """After a fork the child's streams get threads of their own, also if another thread was just about to write."""
     program = """
-import asyncio, os
+import asyncio, os, signal, sys, threading
+os.register_at_fork(after_in_child=lambda: signal.alarm(15))
 from offload.files import aio
 async def say(text):
     await aio.stdout.write(text)
     await aio.stdout.flush()
 asyncio.run(say("parent\\n"))
+held, release = threading.Event(), threading.Event()
+def hold():
+    with aio._stdout._gate:
+        held.set()
+        release.wait()
+if sys.argv[1] == "True":
+    threading.Thread(target=hold).start()
+    held.wait()
 child = os.fork()
 if not child:
     asyncio.run(say("child\\n"))
     os._exit(0)
-assert os.waitpid(child, 0)[1] == 0
+status = os.waitpid(child, 0)[1]
+release.set()
+assert status == 0, status
 """
-    command = [sys.executable, "-W", "ignore", "-c", program]
+    command = [sys.executable, "-W", "ignore", "-c", program, str(amid)]
     result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
     assert result.stdout == "parent\nchild\n"
     assert result.stderr == ""
