@@ -4,7 +4,7 @@ The challenge is three packets of ASCII, so every framing carries it:
 
     server ─► client   offload-challenge S         S, C: 32 random bytes each, in hex
     client ─► server   offload-response C HMAC("client" S C)
-    server ─► client   offload-welcome HMAC("server" S C)
+    server ─► client   offload-welcome HMAC("server" S C), or offload-refused
 
 HMAC is HMAC-SHA-256 (RFC 2104, RFC 6234) with the secret as the key, over the role and both nonces; the roles differ,
 so that neither side's answer serves as the other's. Until then no packet is taken in or given out. It proves who is
@@ -24,6 +24,7 @@ from ..errors import BrokenResourceError
 from .connection import Connection
 
 MIN_SECRET_BYTES = 16
+_REFUSED = b"offload-refused"  # said, or who asked would take it for a connection that broke, and try again
 _HELLO_BYTES = 256  # no packet of the challenge is longer
 
 
@@ -68,18 +69,27 @@ def check_secret(secret: bytes) -> bytes:
     return secret
 
 
+class SecretError(BrokenResourceError):
+    """The other side does not know the secret, or asks for none: trying again would not help."""
+
+
 async def challenge(connection: Connection, secret: bytes) -> None:
     """Let a client in if it knows the secret.
 
     Raises:
-        BrokenResourceError: it does not, or did not answer within `Limits.handshake`.
+        SecretError: it does not; it was told.
+        BrokenResourceError: the connection ended, or nothing came within `Limits.handshake`.
     """
     own = secrets.token_hex(32).encode()
     limit, connection.framer.max_packet = connection.framer.max_packet, _HELLO_BYTES
     await connection.send(b"offload-challenge " + own)
-    word, nonce, answer = await _words(connection, 3)
-    if word != b"offload-response" or not hmac.compare_digest(answer, _answer(secret, b"client", own, nonce)):
-        raise BrokenResourceError(f"{connection.peer} does not know the secret")
+    try:
+        word, nonce, answer = await _words(connection, 3)
+        if word != b"offload-response" or not hmac.compare_digest(answer, _answer(secret, b"client", own, nonce)):
+            raise SecretError(f"{connection.peer} does not know the secret")
+    except SecretError:
+        await connection.send(_REFUSED)
+        raise
     connection.framer.max_packet = limit
     await connection.send(b"offload-welcome " + _answer(secret, b"server", own, nonce))
 
@@ -88,16 +98,17 @@ async def respond(connection: Connection, secret: bytes) -> None:
     """Answer a server's challenge, and see that it knows the secret too.
 
     Raises:
-        BrokenResourceError: it does not, or does not ask.
+        SecretError: it does not, or does not ask, or says that we do not.
+        BrokenResourceError: the connection ended, or nothing came within `Limits.handshake`.
     """
     word, nonce = await _words(connection, 2)
     if word != b"offload-challenge":
-        raise BrokenResourceError(f"{connection.peer} asks for no secret; leave ours out, or check the address")
+        raise SecretError(f"{connection.peer} asks for no secret; leave ours out, or check the address")
     own = secrets.token_hex(32).encode()
     await connection.send(b"offload-response " + own + b" " + _answer(secret, b"client", nonce, own))
     word, answer = await _words(connection, 2)
     if word != b"offload-welcome" or not hmac.compare_digest(answer, _answer(secret, b"server", nonce, own)):
-        raise BrokenResourceError(f"{connection.peer} does not know the secret")
+        raise SecretError(f"{connection.peer} does not know the secret")
 
 
 async def _words(connection: Connection, count: int) -> list[bytes]:
@@ -106,9 +117,11 @@ async def _words(connection: Connection, count: int) -> list[bytes]:
             packet = await connection.packet()
     except TimeoutError:
         raise BrokenResourceError(f"{connection.peer} has not answered for {connection.limits.handshake} s") from None
-    words = packet.payload[:_HELLO_BYTES].split(b" ") if packet is not None else []
+    if packet is None:
+        raise BrokenResourceError(f"{connection.peer} has ended the connection before both had shown the secret")
+    words = packet.payload[:_HELLO_BYTES].split(b" ")
     if len(words) != count:
-        raise BrokenResourceError(f"{connection.peer} does not know the secret")
+        raise SecretError(f"{connection.peer} does not know the secret")
     return words
 
 

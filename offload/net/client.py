@@ -34,7 +34,7 @@ from ..packets.format import Flag, FrameType
 from ..packets.framing import PrefixFramer
 from ..packets.ledger import Ledger, SourceState
 from . import wire
-from .auth import respond
+from .auth import SecretError, respond
 from .connection import Connection
 from .dial import connect, parse_address
 from .limits import Limits
@@ -200,7 +200,7 @@ class _Link:
             if self._secret is not None:
                 try:
                     await respond(connection, self._secret)
-                except BrokenResourceError as exc:
+                except SecretError as exc:
                     raise RefusedError(str(exc)) from exc
             await connection.send(wire.hello(self._name))
             while (payload := await self._receive(patience))[:1] != wire.READY:

@@ -208,7 +208,7 @@ INTRUDERS = {
 
 @pytest.mark.parametrize("name", INTRUDERS)
 async def test_who_does_not_know_the_secret_gets_nothing(name: str) -> None:
-    """Without the secret no packet reaches the handler, and nothing but the question comes back."""
+    """Without the secret no packet reaches the handler, and nothing comes back but the question, and perhaps a no."""
     handler = Handler()
     async with PacketServer(handler, secret=SECRET) as server:
         async with connect(await server.listen("127.0.0.1:0"), PrefixFramer) as connection:
@@ -222,7 +222,8 @@ async def test_who_does_not_know_the_secret_gets_nothing(name: str) -> None:
                     await connection.send(packet)
                 await connection.send(b"packet behind")
                 got = await received(connection)
-        assert [word.split(b" ")[0] for word in got] in ([], [b"offload-challenge"])
+        words = [word.split(b" ")[0] for word in got]
+        assert words in ([], [b"offload-challenge"], [b"offload-challenge", b"offload-refused"])
     assert handler.got == []
     assert (server.stats.refused, server.stats.open) == (1, 0)
 
@@ -255,7 +256,10 @@ async def test_answer_of_one_connection_is_none_for_another() -> None:
             await respond(connection, SECRET)
         async with connect(address, PrefixFramer) as connection:
             await connection.send(overheard[0])
-            assert len(await received(connection)) == 1
+            assert [word.split(b" ")[0] for word in await received(connection)] == [
+                b"offload-challenge",
+                b"offload-refused",
+            ]
     assert server.stats.refused == 1
 
 
@@ -294,6 +298,23 @@ async def test_send_with_a_wrong_secret_is_refused_for_good(tmp_path: Path) -> N
         address = await server.listen("127.0.0.1:0")
         with pytest.raises(RefusedError, match="does not know the secret"):
             await Send([str(tmp_path)], address, name="me", secret=b"another secret, as long").start()
+
+
+@pytest.mark.parametrize("asked", [False, True])
+async def test_send_to_a_server_that_ends_amid_the_handshake_tries_again(tmp_path: Path, asked: bool) -> None:
+    """A server that is killed then has not refused: `Send` tells of a connection that broke."""
+
+    async def dies(connection: Connection) -> None:
+        if asked:
+            await connection.send(b"offload-challenge " + b"0" * 64)
+            await connection.packet()
+        connection.abort()
+
+    async with PacketServer(dies) as server:
+        address = await server.listen("127.0.0.1:0")
+        with pytest.raises(BrokenResourceError) as told:
+            await Send([str(tmp_path)], address, name="me", secret=SECRET).start()
+    assert not isinstance(told.value, RefusedError)
 
 
 def test_short_secret_is_refused() -> None:
