@@ -1122,6 +1122,50 @@ def run_program(folder: Path, source: str, *, timeout: float = 60) -> tuple[int,
 
 @pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_fork_while_a_thread_is_inside_a_submission_leaves_no_lock_in_the_child(tmp_path: Path) -> None:
+    """Its lock may be held by a thread that is not in the child, which is told all the same."""
+    code, out, err = run_program(
+        tmp_path,
+        """
+        held, release, gate = (threading.Event() for _ in range(3))
+
+        def wait(packet):
+            gate.wait()
+            return packet
+
+        def hold():
+            with submission._condition:
+                held.set()
+                release.wait()
+
+        with asyncio.Runner() as runner:
+            verifier = runner.run(Verifier(wait, count=1).start())
+            submission = verifier.submit(b"x" * 100_000)
+            threading.Thread(target=hold).start()
+            held.wait()
+            pid = os.fork()
+            if pid == 0:
+                os._exit(7 if isinstance(submission.exception(), ForkedError) else 8)
+            for _ in range(1000):
+                ended, status = os.waitpid(pid, os.WNOHANG)
+                if ended:
+                    break
+                time.sleep(0.01)
+            else:
+                os.kill(pid, signal.SIGKILL)
+                status = os.waitpid(pid, 0)[1]
+            print(os.waitstatus_to_exitcode(status))
+            release.set()
+            gate.set()
+            runner.run(verifier.aclose())
+            print(len(submission.result()))
+    """,
+    )
+    assert (code, out, err) == (0, "7\n100000\n", "")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 @pytest.mark.parametrize("workers", EVERYWHERE)
 def test_forked_child_is_told_and_the_parent_goes_on(workers: str, tmp_path: Path) -> None:
     """In the child new packets get ForkedError, old ones are let go, and closing returns; the parent works on."""

@@ -437,7 +437,9 @@ class Verifier(Generic[R]):
         self._kick()
 
     def _worked(self, future: ThreadFuture[None]) -> None:
-        if not future.cancelled() and (error := future.exception()) is not None:
+        if future.cancelled() or (error := future.exception()) is None:
+            return
+        if not isinstance(error, ForkedError):  # else `_after_fork` comes, which first makes the locks free
             self._break(error)
 
     # --- ends -------------------------------------------------------------------------------------------------------
