@@ -174,6 +174,29 @@ MUTANTS = {
         [("                    if tail.path in told:\n", "                    if changed is None:\n")],
         [f"{ROTATED}::test_14_late_lines_of_which_the_system_tells_under_another_name"],
     ),
+    "futures stay locked after a fork": Mutant(
+        "loops/call.py",
+        [("    future._condition, future._waiters = threading.Condition(), []\n", "    pass\n")],
+        [
+            "tests/loops/test_thread.py::test_fork_while_a_thread_is_inside_a_future_leaves_no_lock_in_the_child",
+            "tests/test_verify.py::test_fork_while_a_thread_is_inside_a_submission_leaves_no_lock_in_the_child",
+        ],
+    ),
+    "room that is given back was written": Mutant(
+        "files/tail.py",
+        [
+            (
+                "                if padded is not None and padded <= there < reading.offset + length:\n",
+                "                if False:\n",
+            )
+        ],
+        ["tests/files/test_tail.py::test_room_that_is_given_back_while_it_is_read"],
+    ),
+    "who is killed has refused": Mutant(
+        "net/client.py",
+        [("                except SecretError as exc:\n", "                except BrokenResourceError as exc:\n")],
+        ["tests/net/test_auth.py::test_send_to_a_server_that_ends_amid_the_handshake_tries_again"],
+    ),
     "two writers": Mutant(
         "files/rolling.py",
         [("            lock(file.fd, live)\n", "")],
