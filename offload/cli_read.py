@@ -122,21 +122,28 @@ def cat(
             else:
                 writer.write(lines)
 
+    amid = (
+        False  # amid lines: what is cut off there ends so, as with `cat`, and what was held back has no place behind it
+    )
     with reading(file), FrameSource(file, follow=follow) as frames:
         picker = Picker(frames, wanted, follow=follow)
         if not follow:
             _check_source(file, picker.names, source)
         try:
             while (batch := picker.read()) is not None or (follow and not _over(picker, wanted)):
-                put(batch or ())
-                if batch is None:
+                if batch is not None:
+                    amid = True
+                    put(batch)
+                    amid = False
+                else:
                     put(picker.quiet())
                     out.flush()
                     time.sleep(0.05)
         except KeyboardInterrupt:
             if not follow:
                 raise
-        put(picker.close())
+        if not amid:
+            put(picker.close())
         out.flush()
         tell_parts(picker.parts)
         if not follow and not picker.ended and not frames.is_being_written():

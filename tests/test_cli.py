@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import array
 import base64
 import contextlib
+import fcntl
 import filecmp
 import json
 import os
@@ -15,6 +17,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import termios
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -1111,8 +1114,36 @@ def test_cat_follow_holds_a_line_back_until_it_is_whole(logs: Path, out: Path) -
         append(logs / "a", b"tial\nopen")
         run("merge", "-q", logs, "-o", out)
         assert read_line(cat) == b"partial\n"
+        (logs / "b").write_bytes(b"behind it\n")  # shown: what was held back has been read by then
+        run("merge", "-q", logs, "-o", out)
+        assert read_line(cat) == b"behind it\n"
         cat.send_signal(signal.SIGINT)
         assert ended(cat).out == b"open"
+
+
+@pytest.mark.slow
+def test_cat_follow_interrupted_amid_lines_adds_nothing_behind_them(logs: Path, out: Path) -> None:
+    """What was printed until Ctrl-C is how the whole begins; a line held back has no place where another was cut."""
+    (logs / "a").write_bytes(b"open")
+    run("merge", "-q", logs, "-o", out)
+    (logs / "b").write_bytes(b"".join(b"%07d\n" % i for i in range(500_000)))
+    run("merge", "-q", logs, "-o", out)
+    whole = run("cat", "--source", "b", out).out
+    with started("cat", "-f", out, bufsize=0) as cat:
+        assert cat.stdout is not None
+        stat_of = Path(f"/proc/{cat.pid}/stat")
+        waiting = array.array("i", [0])
+
+        def blocked() -> bool:
+            fcntl.ioctl(cast("Any", cat.stdout), termios.FIONREAD, waiting)
+            return waiting[0] > 60_000 and stat_of.read_text().rpartition(")")[2].split()[0] == "S"
+
+        until(blocked, cat)  # amid a write: the pipe is full
+        cat.send_signal(signal.SIGINT)
+        shown = ended(cat).out
+    assert len(shown) >= waiting[0]
+    assert whole.startswith(shown)
+    assert len(shown) < len(whole)
 
 
 # --- the demo ---------------------------------------------------------------------------------------------------------
