@@ -98,7 +98,7 @@ def classify(window: Window) -> Diagnosis:
     numbers = share.numbers(moments, duration)
 
     def diagnosis(cause: Cause, syscall: str | None = None, holder: Frame | None = None) -> Diagnosis:
-        known = not stretches or sum(one.seconds for one in stretches) >= duration / 2
+        known = bool(stretches) and sum(one.seconds for one in stretches) >= duration / 2
         fair = cause.by_code and known and not any(m.attached or m.patched for m in moments)
         return Diagnosis(cause, numbers, syscall, holder, Verdict.FAIL if fair else Verdict.UNMEASURED)
 
@@ -113,6 +113,9 @@ def classify(window: Window) -> Diagnosis:
         return diagnosis(Cause.DEBUGGER)
     if _starved(share.runqueue, duration, window.threshold):
         return diagnosis(Cause.DESCHEDULED)
+    both = share.stopped + share.runqueue
+    if both > SHORTEST and duration - both < window.threshold:  # neither alone, but without both it were no stall
+        return diagnosis(Cause.STOPPED if share.stopped > share.runqueue else Cause.DESCHEDULED)
     if _collected(share, moments, duration - share.runqueue, switch):
         return diagnosis(Cause.GC)
     syscall = _mode(s.syscall for s in samples if s.at <= window.ended)

@@ -107,16 +107,32 @@ def parse(text: str) -> dict[int, tuple[Frame, ...]]:
 
 
 def _in_use() -> bool:
-    """Whether a thread that Python does not know blocks all signals, as the timer's thread does; Linux only."""
-    known = {thread.native_id for thread in threading.enumerate()}
+    """Whether a thread that Python does not know blocks all signals, as the timer's thread does; Linux only.
+
+    Threads of libraries may do so too (those of jemalloc and ZeroMQ do), but name themselves; the timer's thread has
+    the name of the one that set it.
+    """
+    known = {str(thread.native_id) for thread in threading.enumerate()}
     try:
-        for name in os.listdir("/proc/self/task"):
-            if int(name) not in known:
-                with open(f"/proc/self/task/{name}/status", encoding="ascii", errors="replace") as file:
-                    blocked = next((line.split()[1] for line in file if line.startswith("SigBlk:")), "0")
-                # All but SIGKILL, SIGSTOP and the two that the C library keeps for itself.
-                if int(blocked, 16) & 0x7FFFFFFF == 0x7FFFFFFF & ~(1 << 8 | 1 << 18):
-                    return True
+        tasks = set(os.listdir("/proc/self/task"))
     except OSError:
-        pass
-    return False
+        return False
+    names = {_of_task(task, "comm") for task in tasks & known}
+    return any(_blocks_all(task) and _of_task(task, "comm") in names for task in tasks - known)
+
+
+def _blocks_all(task: str) -> bool:
+    blocked = next(
+        (line.split()[1] for line in _of_task(task, "status").splitlines() if line.startswith("SigBlk:")), "0"
+    )
+    # All but SIGKILL, SIGSTOP and the two that the C library keeps for itself.
+    return int(blocked, 16) & 0x7FFFFFFF == 0x7FFFFFFF & ~(1 << 8 | 1 << 18)
+
+
+def _of_task(task: str, file: str) -> str:
+    """What the system tells of a thread; nothing, if it has just ended."""
+    try:
+        with open(f"/proc/self/task/{task}/{file}", encoding="utf-8", errors="replace") as opened:
+            return opened.read()
+    except OSError:
+        return ""

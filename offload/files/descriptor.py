@@ -11,6 +11,8 @@ from pathlib import Path
 
 from ..errors import BusyResourceError
 
+PATIENCE = 5.0  # seconds in which a reader that looks whether somebody writes gets to its end, however busy the machine
+
 
 def open_regular(path: str) -> tuple[int, os.stat_result]:
     """Open a regular file for reading; a FIFO would block, a device never ends.
@@ -62,15 +64,17 @@ def lock(fd: int, path: Path) -> None:
         else:
             import fcntl
 
-            for _ in range(100):
+            patient_until = time.monotonic() + PATIENCE
+            while True:
                 with contextlib.suppress(BlockingIOError):
                     fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     return
                 # A reader in `is_locked` shares the lock for a moment. If we may not share it, it is a writer.
                 fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
                 fcntl.flock(fd, fcntl.LOCK_UN)
+                if time.monotonic() > patient_until:
+                    raise BlockingIOError
                 time.sleep(0.001)
-            raise BlockingIOError
     except (BlockingIOError, PermissionError):
         raise BusyResourceError(f"{path} is being written by somebody else; wait for it or write elsewhere") from None
 

@@ -118,11 +118,12 @@ class FrameSource:
         for part in list(self.series.parts):
             at, end = part.base, part.base + part.size
             while end - at >= HEADER_BYTES:
+                found = self.read_at(at, HEADER_BYTES)
+                if len(found) < HEADER_BYTES and part is self.series.parts[-1]:
+                    break  # a writer that began meanwhile has cut its torn tail; what it adds is behind this walk's end
                 try:
-                    header = unpack_header(self.read_at(at, HEADER_BYTES), offset=at)
+                    header = unpack_header(found, offset=at)
                 except PacketError as exc:
-                    if part is self.series.parts[-1] and at + HEADER_BYTES > self.size() - part.base:
-                        break  # a writer that began meanwhile has cut its torn tail
                     raise self._placed(exc) from None
                 if at + header.frame_len > end:
                     break

@@ -29,6 +29,7 @@ import asyncio
 import atexit
 import contextlib
 import logging
+import math
 import os
 import sys
 import threading
@@ -43,7 +44,7 @@ from typing import ParamSpec, Self, TypeVar
 
 from ..debug.announce import Announced, announced
 from ..errors import BrokenResourceError, ClosedResourceError, DeadlockError, ForkedError, OffloadError
-from .call import arrival, holdable, outlast, signal, unlock
+from .call import CallState, arrival, holdable, outlast, signal, unlock
 from .calls import Calls
 from .mailbox import Mailbox
 
@@ -154,8 +155,10 @@ class LoopThread(Calls, Executor):
         elif timeout is None:
             self._left = True
         else:
-            running = self.stats().running
-            raise TimeoutError(f"{self.name!r} has not ended after {timeout} s; {running or 'a coroutine'} still runs")
+            busy, queued = self._mailbox.busy, len(self._mailbox)
+            why = f"calls that have not begun: {queued}" if queued else "on_close still runs"
+            why = why if busy is None else f"{busy.label()} still runs"
+            raise TimeoutError(f"{self.name!r} has not ended after {timeout} s; {why}")
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """As Executor.shutdown: take no more calls; `wait` for the end; `cancel_futures` drops what is queued."""
@@ -339,31 +342,48 @@ _TO_END = 1.0  # seconds for a thread that has nothing to do to notice that it s
 
 
 def _drain_at_exit() -> None:
-    threads = list(_live)
-    for thread in threads:
+    pending, begun = list(_live), time.monotonic()
+    try:
+        _drain(pending, begun, math.inf)
+    except KeyboardInterrupt:
+        # Who asks again waits for nobody that blocks; but what others have accepted is not lost for a millisecond.
+        _drain(pending, begun, time.monotonic() + _TO_END)
+        raise
+
+
+def _drain(pending: list[LoopThread], begun: float, hurry: float) -> None:
+    for thread in pending:
         thread._mailbox.close(thread._closed)
-    begun = time.monotonic()
-    for thread in threads:
-        timeout = 0.0 if thread._left else thread._mailbox.exit_timeout
-        left = thread._mailbox.left_of_patience()  # of the patience with the call that runs since Ctrl-C
-        interrupted = thread._left or left is not None
-        timeout = max(0.0, begun + timeout - time.monotonic())
-        if left is not None:
-            timeout = min(timeout, left)
-        idle = thread._mailbox.busy is None and not len(thread._mailbox) and not thread._closes
-        if not thread._wait(max(timeout, _TO_END) if idle else timeout):
-            busy = thread._mailbox.busy
-            log.critical(
-                "%r still works %.1f s after %s; it is left, and what is queued behind is lost: %d calls behind %s\n%s",
-                thread.name,
-                thread._mailbox.exit_timeout,
-                "Ctrl-C" if interrupted else "the program's end",
-                len(thread._mailbox),
-                busy.label() if busy else "on_close",
-                "".join(thread._mailbox.stack()),
-            )
-        elif (error := thread._ended.exception()) is not None:
-            log.critical("%r could not be closed at the program's end", thread.name, exc_info=error)
+    while pending:
+        _see_it_end(pending[0], begun, hurry)
+        del pending[0]
+
+
+def _see_it_end(thread: LoopThread, begun: float, hurry: float) -> None:
+    """Wait for its end as long as it may take, and no longer than until `hurry`; tell what it was kept by."""
+    timeout = 0.0 if thread._left else thread._mailbox.exit_timeout
+    left = thread._mailbox.left_of_patience()  # of the patience with the call that runs since Ctrl-C
+    interrupted = thread._left or left is not None or hurry < math.inf
+    timeout = max(0.0, begun + timeout - time.monotonic())
+    if left is not None:
+        timeout = min(timeout, left)
+    busy = thread._mailbox.busy
+    ended = busy is None or busy.state in (CallState.FINISHED, CallState.INTERRUPTED)  # its outcome is ahead of it
+    if ended and not len(thread._mailbox) and not thread._closes:
+        timeout = max(timeout, _TO_END)
+    if not thread._wait(max(0.0, min(timeout, hurry - time.monotonic()))):
+        busy = thread._mailbox.busy
+        log.critical(
+            "%r still works %.1f s after %s; it is left, and what is queued behind is lost: %d calls behind %s\n%s",
+            thread.name,
+            thread._mailbox.exit_timeout if hurry == math.inf else min(thread._mailbox.exit_timeout, _TO_END),
+            "Ctrl-C" if interrupted else "the program's end",
+            len(thread._mailbox),
+            busy.label() if busy else "on_close",
+            "".join(thread._mailbox.stack()),
+        )
+    elif (error := thread._ended.exception()) is not None:
+        log.critical("%r could not be closed at the program's end", thread.name, exc_info=error)
 
 
 _registered = False

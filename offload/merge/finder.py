@@ -80,9 +80,9 @@ class Finder:
             elif path in files:
                 self._add(path, status.st_size)
         self._progress.sources = len(self._tails)
-        for path in [p for p in self._progress.problems if p not in self._tails]:
+        self._progress.problems.update(missing)  # before others go: whoever looks meanwhile misses none
+        for path in [p for p in self._progress.problems if p not in self._tails and p not in missing]:
             del self._progress.problems[path]
-        self._progress.problems.update(missing)
         return late
 
     def no_longer_wanted(self) -> list[Tail]:

@@ -697,6 +697,27 @@ def test_stall_of_which_less_than_half_was_measured_is_unmeasured() -> None:
     assert classify(Window(1.0, 1.1, 0.05, readings)).verdict is Verdict.UNMEASURED
 
 
+def test_stall_of_which_nothing_was_measured_is_unmeasured() -> None:
+    """It had begun before the first reading, and was over before the second."""
+    for readings in ([], [reading(1.05, cpu=0.02)]):
+        assert classify(Window(1.0, 1.06, 0.05, readings, [Sample(1.05, (USER,))])).verdict is Verdict.UNMEASURED
+
+
+@pytest.mark.parametrize(
+    ("runqueue", "stopped", "cause"), [(0.066, 0.069, Cause.STOPPED), (0.069, 0.066, Cause.DESCHEDULED)]
+)
+def test_two_excuses_that_only_together_are_one(runqueue: float, stopped: float, cause: Cause) -> None:
+    """Without a processor for nearly half of it, and stopped for the other half: the program itself took 8 ms."""
+    first, last = 1.008 + runqueue, 1.009 + runqueue + stopped
+    readings = [
+        Reading(Moment(1.0, 0.0, 0.0, 0.0, 0), 0.0, 0.0, 0),
+        Reading(Moment(first, runqueue, 0.008, runqueue, 3), 0.008, runqueue, 3),
+        Reading(Moment(last, stopped, 0.0085, runqueue, 4), 0.0085, runqueue, 4),
+    ]
+    found = classify(Window(1.0, last, 0.05, readings, [Sample(last, (USER,), "")]))
+    assert (found.cause, found.verdict) == (cause, Verdict.UNMEASURED)
+
+
 def test_collection_on_the_watchdogs_own_thread_is_no_stop() -> None:
     """The watchdog was late and did not ask for the GIL, but the process computed: nobody stopped it."""
 

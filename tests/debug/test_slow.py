@@ -6,6 +6,8 @@ import asyncio
 import contextvars
 import faulthandler
 import logging
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -525,6 +527,26 @@ async def test_deep_mode_gives_the_timer_to_whoever_sets_it(caplog: pytest.LogCa
     while deadman._in_use():  # its thread is about to end
         time.sleep(0.01)  # noqa: ASYNC251
     assert ["from now on" in record.message for record in caplog.records if record.name == "offload.debug"] == [True]
+
+
+@pytest.mark.slow
+def test_a_librarys_thread_is_not_taken_for_the_timers() -> None:
+    """jemalloc's, which comes with pyarrow, blocks all signals too; the timer is found beside it all the same."""
+    pytest.importorskip("pyarrow")
+    code = """
+import faulthandler, pyarrow
+from offload.debug import deadman
+def ask():
+    while deadman._in_use() is not wanted:  # until the library's thread has named itself, or the timer's has ended
+        pass
+wanted = False; ask()
+faulthandler.dump_traceback_later(1000)
+print(deadman._in_use())
+faulthandler.cancel_dump_traceback_later()
+ask()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60, check=True)
+    assert done.stdout == b"True\n"
 
 
 def test_the_text_of_faulthandler_is_read() -> None:

@@ -363,8 +363,11 @@ def test_a_writer_in_another_process_is_refused_until_the_first_is_killed(tmp_pa
     assert [int(line.split()[0]) for line in lines] == list(range(seq + 1))
 
 
-def test_a_reader_that_asks_who_writes_keeps_no_writer_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A writer that opens in the very moment in which a reader looks at the lock is let in."""
+@pytest.mark.parametrize("looks", [1, 500])
+def test_a_reader_that_asks_who_writes_keeps_no_writer_out(
+    looks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A writer that opens in the very moment in which a reader looks at the lock is let in, if it stops there too."""
     path = tmp_path / "out.opk"
     PacketFile(path).close()
     real = fcntl.flock
@@ -373,7 +376,8 @@ def test_a_reader_that_asks_who_writes_keeps_no_writer_out(tmp_path: Path, monke
 
         def done_looking(seconds: float) -> None:
             waits.append(seconds)
-            real(fd_of(reader), fcntl.LOCK_UN)
+            if len(waits) == looks:
+                real(fd_of(reader), fcntl.LOCK_UN)
 
         monkeypatch.setattr(time, "sleep", done_looking)
         real(fd_of(reader), fcntl.LOCK_SH | fcntl.LOCK_NB)  # as is_being_written() does, for a moment
@@ -381,14 +385,14 @@ def test_a_reader_that_asks_who_writes_keeps_no_writer_out(tmp_path: Path, monke
         assert reader.is_being_written()
         file.close()
         assert not reader.is_being_written()
-    assert len(waits) == 1
+    assert len(waits) == looks
 
 
 def test_somebody_who_shares_the_lock_for_good_is_told_as_busy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A lock that is held on and on ends in BusyResourceError, not in waiting for ever."""
     path = tmp_path / "out.opk"
     PacketFile(path).close()
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    monkeypatch.setattr("offload.files.descriptor.PATIENCE", 0.05)
     with FrameSource(path) as reader:
         fcntl.flock(fd_of(reader), fcntl.LOCK_SH)
         with pytest.raises(BusyResourceError):
@@ -1000,7 +1004,7 @@ def test_the_largest_packet_and_the_smallest(tmp_path: Path) -> None:
     assert_sound(path)
 
 
-def test_headers_are_read_while_a_writer_cuts_a_torn_tail(tmp_path: Path) -> None:
+def test_headers_are_read_while_a_writer_cuts_a_torn_tail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Who walks over them had seen the tail; that a writer which begins takes it away is no damage."""
     path = tmp_path / "m.opk"
     file = PacketFile(path)
@@ -1009,12 +1013,30 @@ def test_headers_are_read_while_a_writer_cuts_a_torn_tail(tmp_path: Path) -> Non
     file.close()
     with FrameSource(path) as frames:
         whole = list(frames)
-    with path.open("ab") as raw:
-        raw.write(path.read_bytes()[whole[-1].offset : whole[-1].end - 5])
+    torn = path.read_bytes()[whole[-1].offset : whole[-1].end - 5]
+    read_at = FrameSource.read_at
+
+    def cut_then_longer(self: FrameSource, offset: int, length: int) -> bytes:
+        """The tail is cut before it is read, and the writer has gone on before anybody asks for the file's length."""
+        if offset < whole[-1].end:
+            return read_at(self, offset, length)
+        os.truncate(path, whole[-1].end)
+        data = read_at(self, offset, length)
+        with path.open("ab") as raw:
+            raw.write(torn * 2)
+        return data
+
+    def walk() -> Iterator[int]:
+        with path.open("ab") as raw:
+            raw.write(torn)
+        with FrameSource(path) as frames:
+            yield from (frame.offset for frame in frames.headers())
+
     found = []
-    with FrameSource(path) as frames:
-        for frame in frames.headers():
-            found.append(frame.offset)
-            if len(found) == len(whole):
-                os.truncate(path, whole[-1].end)
+    for offset in walk():
+        found.append(offset)
+        if len(found) == len(whole):
+            os.truncate(path, whole[-1].end)
     assert found == [frame.offset for frame in whole]
+    monkeypatch.setattr(FrameSource, "read_at", cut_then_longer)
+    assert list(walk()) == found

@@ -824,6 +824,41 @@ def test_ctrl_c_while_the_program_drains_ends_it(asyncio_program: Program) -> No
     assert on_disk(asyncio_program.folder) == all_of_it()
 
 
+def test_ctrl_c_while_the_program_drains_leaves_others_the_time_they_need(asyncio_program: Program) -> None:
+    """What another resource has accepted, and still works on when Ctrl-C ends the wait for the blocked one, is kept."""
+    process = asyncio_program.start("""
+        asked_again = threading.Event()
+
+        def ask_again(*_):
+            asked_again.set()
+            raise KeyboardInterrupt
+
+        def write():
+            asked_again.wait()
+            threading.Event().wait(0.1)
+            with open(FOLDER + "/late", "w") as file:
+                file.write("written")
+
+        def block_the_drain():
+            stuck.closing.wait()
+            block()
+
+        signal.signal(signal.SIGINT, ask_again)
+        healthy = [offload.LoopThread(f"healthy {n}").__enter__() for n in range(3)]
+        healthy[1].submit(write)
+        stuck = offload.LoopThread("stuck", exit_timeout=600).__enter__()
+        stuck.post(block_the_drain)
+    """)
+    asyncio_program.wait_ready()
+    process.send_signal(signal.SIGINT)
+    code, out, err = asyncio_program.end()
+    assert (code, out) == (0, "")
+    assert "KeyboardInterrupt" in err
+    assert "'stuck' still works 1.0 s after Ctrl-C" in err
+    assert "healthy" not in err
+    assert (asyncio_program.folder / "late").read_text() == "written"
+
+
 def test_ctrl_c_in_a_plain_program_with_a_blocked_resource_ends_it(asyncio_program: Program) -> None:
     """Without any loop, too: one SIGINT in a `with` whose call blocks ends the program, and says what blocks."""
     process = asyncio_program.start("""

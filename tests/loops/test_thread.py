@@ -970,6 +970,40 @@ def test_idle_thread_without_patience_ends_in_silence() -> None:
     assert run_program("LoopThread('idle', exit_timeout=0).__enter__().submit(int).result()") == (0, "", "")
 
 
+def test_thread_that_has_just_given_its_last_outcome_ends_in_silence() -> None:
+    """It has not come to look for the next call yet: nothing runs any more that could block."""
+    done = run_program("""
+        from offload.loops.mailbox import Mailbox
+
+        execute = Mailbox._execute
+
+        def slow(self, entry, *, hold):
+            execute(self, entry, hold=hold)
+            time.sleep(0.3)
+
+        Mailbox._execute = slow
+        LoopThread("idle", exit_timeout=0).__enter__().submit(int).result()
+    """)
+    assert done == (0, "", "")
+
+
+def test_close_in_time_says_what_it_waited_for(gate: Gate) -> None:
+    """A call that has not begun is not one that runs; nor is on_close."""
+    thread = LoopThread(on_close=gate).__enter__()
+    busy = threading.Event()
+    thread.submit(asyncio.get_running_loop).result().call_soon_threadsafe(busy.wait)
+    call = thread.submit(int)
+    with pytest.raises(TimeoutError, match=r"has not ended after 0.01 s; calls that have not begun: 1$"):
+        thread.close(0.01)
+    busy.set()
+    assert call.result() == 0
+    gate.entered.result()
+    with pytest.raises(TimeoutError, match=r"has not ended after 0.01 s; on_close still runs$"):
+        thread.close(0.01)
+    gate.open()
+    thread.close()
+
+
 def test_on_close_that_raises_at_exit_is_reported() -> None:
     """An error of on_close that has nobody left to go to is logged with its traceback."""
     code, _, err = run_program("""
