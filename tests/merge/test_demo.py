@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -66,3 +69,31 @@ async def test_the_proof_can_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(demo, "split", damaged)
     with pytest.raises(AssertionError, match="differs from"):
         await run(tmp_path)
+
+
+PROOF = """
+import time
+from offload.cli import main
+from offload.merge import demo
+
+def check(merged):
+    print("the proof begins", flush=True)
+    time.sleep(0.5)
+    return verify(merged)
+
+verify, demo.verify = demo.verify, check
+main()
+"""
+
+
+@pytest.mark.slow
+def test_ctrl_c_while_it_proves_itself_ends_it(tmp_path: Path) -> None:
+    """The loop is free meanwhile, and hears it."""
+    command = [sys.executable, "-c", PROOF, "demo", "--dir", tmp_path]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert any("the proof begins" in line for line in process.stdout)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (130, "")
+    assert "Traceback" not in err
