@@ -98,10 +98,13 @@ def test_03_whether_it_lives_is_public() -> None:
         assert thread.stats().queued == 0
         gate = Gate()
         thread.submit(gate)
-        with pytest.raises(TimeoutError, match=r"has not ended after 0.01 s; .*Gate.* still runs"):
-            thread.close(0.01)
-        assert thread.closed
-        gate.opened.set()
+        gate.entered.result()
+        try:
+            with pytest.raises(TimeoutError, match=r"has not ended after 0.01 s; .*Gate.* still runs"):
+                thread.close(0.01)
+            assert thread.closed
+        finally:
+            gate.opened.set()
         thread.close(5.0)
 
 
@@ -522,8 +525,9 @@ class Device:
         self.woken.set()
 
 
-async def test_23_interrupt_reaches_the_call_that_is_cancelled_only() -> None:
+async def test_23_interrupt_reaches_the_call_that_is_cancelled_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """Complaint 23: an interrupt that came late hit the next call, or an idle thread; here it is scoped to its call."""
+    monkeypatch.setattr("offload.loops.call._AGAIN", 600)  # a call that is slow to end would be hit again
     async with Resource(Device, interrupt=Device.interrupt) as handle:
         device = await handle.call(lambda device: device)
         over, blocked = handle.call(Device.use, 1), handle.call(Device.use, 2, block=True)

@@ -221,7 +221,6 @@ async def test_span_of_a_loop_that_was_closed_ends(thread: LoopThread, kind: str
     def abrupt() -> None:
         with contextlib.suppress(RuntimeError):
             kept.append(loop.create_task(hold()))
-            loop.call_later(0.05, loop.stop)
             loop.run_forever()
 
     holder = threading.Thread(target=abrupt)
@@ -232,6 +231,7 @@ async def test_span_of_a_loop_that_was_closed_ends(thread: LoopThread, kind: str
         return 5
 
     before = thread.call(int, 5) if kind == "call" else thread.run(coroutine)
+    loop.call_soon_threadsafe(loop.stop)
     await joined(holder)
     assert not before.done()
     loop.close()
@@ -269,10 +269,11 @@ async def test_close_during_a_span_lets_it_end(thread: LoopThread) -> None:
 async def test_coroutines_in_and_around_a_span(thread: LoopThread) -> None:
     """It begins when coroutines before it have ended, ends when its own have, and others start after it."""
     log: list[str] = []
+    called = asyncio.Event()  # on the thread
 
     async def work(name: str) -> None:
         log.append(f"{name} begins")
-        await asyncio.sleep(0.002)
+        await (called.wait() if name == "inside" else asyncio.sleep(0.002))
         log.append(f"{name} ends")
 
     before = thread.run(work, "before")
@@ -286,6 +287,7 @@ async def test_coroutines_in_and_around_a_span(thread: LoopThread) -> None:
         await asyncio.create_task(later())
         span.run(work, "inside")
         await span.call(log.append, "call inside")
+        await span.call(called.set)
     await asyncio.gather(before, *after)
     assert log == [
         *("before begins", "before ends", "inside begins", "call inside", "inside ends"),

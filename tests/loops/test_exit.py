@@ -127,8 +127,11 @@ async def opened_and_filled():
 def ready():
     print("ready", flush=True)
 
+blocking = threading.Event()
+
 def block():
     ready()
+    blocking.set()
     threading.Event().wait()  # for ever
 
 '''
@@ -538,6 +541,7 @@ def test_daemon_thread_that_waits_for_room_does_not_keep_the_program(program: Pr
         threading.Thread(target=waiting.submit(threading.Event().wait).result, daemon=True).start()
         threading.Thread(target=close, daemon=True).start()
         closing.wait()
+        blocking.wait()
     """)
     assert (code, out) == (0, "ready\n")
     assert err.count("still works 0.3 s after the program's end") == 2
@@ -699,7 +703,6 @@ def test_ctrl_c_waits_once_for_a_blocked_resource_that_is_left_open(asyncio_prog
     process = asyncio_program.start("""
         async def main():
             stuck = await offload.LoopThread("stuck", exit_timeout=DEADLINE).start()
-            asyncio.get_running_loop().call_later(0.1, os.kill, os.getpid(), signal.SIGINT)
             await stuck.call(block)
         import offload.loops.mailbox
         DEADLINE = 1.0
@@ -710,8 +713,8 @@ def test_ctrl_c_waits_once_for_a_blocked_resource_that_is_left_open(asyncio_prog
         offload.loops.mailbox.Mailbox.left_of_patience = left
         run(main())
     """)
-    del process
     asyncio_program.wait_ready()
+    process.send_signal(signal.SIGINT)
     code, out, err = asyncio_program.end()
     assert (code, out) == (-signal.SIGINT, "left 0.0\n")
     assert "'stuck' still works 1.0 s after Ctrl-C" in err
@@ -882,13 +885,17 @@ def test_ctrl_c_while_a_plain_thread_closes_loses_nothing(asyncio_program: Progr
             everything.resource._thread.closing.wait()
             threading.Event().wait(0.1)  # now `close` waits
             ready()
-            threading.Event().wait(0.5)
-        with contextlib.suppress(KeyboardInterrupt):
+            interrupted.wait()
+            threading.Event().wait(0.2)  # now the drain does
+        interrupted = threading.Event()
+        try:
             run(everything.open())
             everything.db.submit(take_a_while)
             for n in range(COUNT):
                 everything.put_from_thread(n)
             everything.resource.close()
+        except KeyboardInterrupt:
+            interrupted.set()
     """)
     asyncio_program.wait_ready()
     process.send_signal(signal.SIGINT)
@@ -970,6 +977,7 @@ def test_blocked_resource_at_the_end_is_named_and_the_others_have_their_data(asy
             for _ in range(3):
                 stuck.call(lambda event: block())
         run(main())
+        blocking.wait()
     """)
     assert (code, out) == (0, "ready\n")
     assert "'stuck' still works 0.3 s after the program's end" in err
@@ -1007,10 +1015,10 @@ def test_opened_file_that_takes_nothing_more_is_named_at_the_end(asyncio_program
     reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
     try:
         code, out, err = asyncio_program.run("""
-            default_exit_timeout(0.5)
             async def main():
                 global stuck
                 await opened_and_filled()
+                default_exit_timeout(0.5)
                 stuck = await offload.open(FOLDER + "/fifo", "wb", buffering=1 << 21)
                 await stuck.write(bytes(1 << 20))
             run(main())
@@ -1057,6 +1065,7 @@ def test_child_of_multiprocessing_that_blocks_is_named_and_ends(asyncio_program:
             run(opened_and_filled())
             stuck = offload.LoopThread("stuck", exit_timeout=0.3).__enter__()
             stuck.submit(block)
+            blocking.wait()
         if __name__ == "__main__":
             process = multiprocessing.get_context({method!r}).Process(target=child)
             process.start()

@@ -206,17 +206,24 @@ def test_cancelled_coroutine_cleans_up_before_its_caller_goes_on(cross: Cross) -
 def test_timeout_interrupts_or_abandons_as_told(cross: Cross) -> None:
     """A timeout interrupts the running call and waits, or leaves it; the next call works."""
 
+    entered = threading.Semaphore(0)
+
+    def wait(event: threading.Event) -> None:
+        entered.release()
+        event.wait()
+
     async def main() -> None:
         resource: Resource[threading.Event] = Resource(
             threading.Event, interrupt=threading.Event.set, loop_factory=cross.factory
         )
         async with resource as event:
-            with pytest.raises(
-                TimeoutError, match=r"Event\.wait was given up after 0\.01 s \((finished|interrupted)\)"
-            ):
-                await event.options(timeout=0.01).call(threading.Event.wait)
+            hit = event.options(timeout=0.01).call(wait)
+            entered.acquire()  # here, on the loop: so its timer finds the call running
+            with pytest.raises(TimeoutError, match=r"\.wait was given up after 0\.01 s \((finished|interrupted)\)"):
+                await hit
             await event.call(threading.Event.clear)
-            left = event.options(timeout=0.01, on_cancel="abandon").call(threading.Event.wait)
+            left = event.options(timeout=0.01, on_cancel="abandon").call(wait)
+            entered.acquire()
             with pytest.raises(TimeoutError):
                 await left
             assert left.state is CallState.ABANDONED
