@@ -726,7 +726,8 @@ def test_sys_exit_in_a_task_with_a_blocked_resource_ends(asyncio_program: Progra
         async def main():
             async with offload.LoopThread("stuck", exit_timeout=0.5) as stuck:
                 call = stuck.call(block)
-                asyncio.get_running_loop().call_later(0.1, sys.exit, 3)
+                blocking.wait()
+                asyncio.get_running_loop().call_soon(sys.exit, 3)
                 await asyncio.Event().wait()
         run(main())
     """)
