@@ -255,7 +255,7 @@ def test_is_noticed(tmp_path: Path, name: str, test: str) -> None:
     """With this fault in the package, this test fails."""
     mutant = MUTANTS[name]
     for folder in ("offload", "tests"):
-        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("benchmarks"))
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("benchmarks", "__pycache__"))
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     path = tmp_path / "offload" / mutant.file
     code = path.read_text(encoding="utf-8")

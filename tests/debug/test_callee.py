@@ -6,12 +6,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from types import FrameType
 from typing import Any
 
 import pytest
 
 from offload.debug.callee import LONGEST, called
+from offload.debug.watchdog import current_frames
 
 
 class Spy:
@@ -110,28 +110,24 @@ def test_spells_with() -> None:
     assert lock.entered == "with holder.name"
 
 
-def call_in(function: Callable[[], object], then: Callable[[], object] = lambda: None) -> str | None:
-    """What a thread calls that has come to rest in `function`; `then` lets it go on."""
+def comes_to_call(name: str, function: Callable[[], object], then: Callable[[], object]) -> None:
+    """A thread comes to rest in `function`, in a call of that name; `then` lets it go on."""
     thread = threading.Thread(target=function)
     thread.start()
     assert thread.ident is not None
-    seen: list[int] = []
-    while True:
-        frame: FrameType | None = sys._current_frames().get(thread.ident)
+    seen: list[str | None] = []
+    while seen[-3:] != [name] * 3:  # it may have to wait for a processor on its way
+        frame = current_frames().get(thread.ident)
         if frame is not None and frame.f_code.co_name == function.__name__:
-            seen.append(frame.f_lasti)
-            if len(seen) > 3 and len(set(seen[-3:])) == 1:
-                break
+            seen.append(called(frame.f_code, frame.f_lasti))
         time.sleep(0.001)
-    found = called(frame.f_code, frame.f_lasti)
     then()
     thread.join()
-    return found
 
 
 def test_names_functions_in_c_that_have_no_frame() -> None:
     """A thread that waits in time.sleep, or for a lock, is seen to, though its stack ends at the calling line."""
-    lock = threading.Lock()
+    lock, rested = threading.Lock(), threading.Event()
     lock.acquire()
 
     def waits() -> None:
@@ -143,12 +139,13 @@ def test_names_functions_in_c_that_have_no_frame() -> None:
             pass
 
     def sleeps() -> None:
-        time.sleep(0.1)
+        while not rested.is_set():
+            time.sleep(0.1)
 
-    assert call_in(sleeps) == "time.sleep"
-    assert call_in(waits, lock.release) == "lock.acquire"
+    comes_to_call("time.sleep", sleeps, rested.set)
+    comes_to_call("lock.acquire", waits, lock.release)
     lock.acquire()
-    assert call_in(enters, lock.release) == "with lock"
+    comes_to_call("with lock", enters, lock.release)
 
 
 def test_no_call_no_name() -> None:

@@ -202,9 +202,10 @@ def receive() -> None:
 def wait_for_lock() -> None:
     lock = threading.Lock()
     lock.acquire()
-    threading.Timer(0.15, lock.release).start()
+    timer = threading.Timer(0.15, lock.release)
+    timer.start()
     with lock:
-        pass
+        timer.join()
 
 
 def run_child(capture: bool) -> None:
@@ -444,10 +445,10 @@ def test_starved_of_a_processor() -> None:
 
 
 STOPPED = """
-import sys, time
+import os, signal, time
 from {module} import compute, observe
 def work():
-    print("ready", flush=True)
+    os.kill(os.getpid(), signal.SIGSTOP)
     {work}
 found = observe(work, busy=True)
 print(found.cause, found.verdict, found.numbers.stopped, flush=True)
@@ -465,8 +466,6 @@ def test_process_that_was_stopped(work: str, tmp_path: Path) -> None:
     command = [sys.executable, "-u", "-c", code]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path, env=environment) as child:
         assert child.stdout is not None
-        assert child.stdout.readline() == "ready\n"
-        child.send_signal(signal.SIGSTOP)
         os.waitid(os.P_PID, child.pid, os.WSTOPPED)
         threading.Event().wait(0.6)  # the pause itself
         child.send_signal(signal.SIGCONT)
@@ -571,12 +570,16 @@ def test_who_is_kept_from_the_gil_while_it_reads_says_so() -> None:
         while not done.is_set():
             usleep(20_000)
 
+    def reads() -> None:
+        while True:
+            machine.read(Clock.now(), 0.0, 0.01)
+
     machine = Machine()
     thread = threading.Thread(target=hogs)
     thread.start()
     try:
         with pytest.raises(Overtaken) as caught:
-            [machine.read(Clock.now(), 0.0, 0.01) for _ in range(1000)]
+            reads()
         kept = Clock.now() - caught.value.since
         machine.read(Clock.now(), 0.0)
     finally:
