@@ -89,7 +89,7 @@ main()
 @pytest.mark.slow
 def test_ctrl_c_while_it_proves_itself_ends_it(tmp_path: Path) -> None:
     """The loop is free meanwhile, and hears it."""
-    command = [sys.executable, "-c", PROOF, "demo", "--dir", tmp_path]
+    command = [sys.executable, "-c", PROOF, "demo", "--dir", str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert any("the proof begins" in line for line in process.stdout)
