@@ -279,13 +279,16 @@ async def test_silent_connection_is_closed(begin: bytes) -> None:
     """A connection from which nothing comes is closed after the idle limit, also inside a packet; others stay."""
     async with PacketServer(echo, limits=Limits(idle=0.2)) as server:
         address = await server.listen("127.0.0.1:0")
-        async with stream(address) as (reader, writer), stream(address) as (busy, busy_writer):
+        async with stream(address) as (reader, writer):
             writer.write(begin)
-            leaving = asyncio.ensure_future(gone(reader))
-            while not leaving.done():
+            await until(lambda: server.stats.accepted == 1)
+            server.limits = Limits(idle=PATIENCE)  # of the next one: however slow we are, it is not overdue
+            async with stream(address) as (busy, busy_writer):
+                assert await gone(reader)
+                begun = asyncio.get_running_loop().time()
                 busy_writer.write(u32(b"here"))
                 assert await u32_from(busy) == b"here"
-                await asyncio.wait([leaving], timeout=0.02)
+                assert server.connections[-1].overdue(begun + PATIENCE) is None
     assert server.stats.overdue == 1
 
 
@@ -317,15 +320,19 @@ async def test_idle_connection_without_a_limit_stays() -> None:
 
 async def test_time_while_we_do_not_read_is_not_the_peers() -> None:
     """A connection that is not read, because its handler is slow, is not overdue."""
-    gate = Gate()
-    server = PacketServer(gate.handle, limits=Limits(idle=0.05, packet=0.05, connection_bytes=1000))
-    async with server, stream(await server.listen("127.0.0.1:0")) as (_, writer):
-        writer.write(u32(b"x" * 900) + u32(b"y" * 900) + b"\0")
-        await until(lambda: bool(server.connections) and not server.connections[0].is_read)
-        (connection,) = server.connections
-        assert connection.overdue(asyncio.get_running_loop().time() + 1000) is None
-        gate.open.set()
-        await until(lambda: connection.closed.done())  # now it is read, and silent
+    gate, short = Gate(), Limits(idle=0.05, packet=0.05, connection_bytes=1000)
+    async with PacketServer(gate.handle, limits=short) as server:
+        address = await server.listen("127.0.0.1:0")
+        await asyncio.sleep(0)  # the server begins to look for who is overdue, as often as these limits ask
+        server.limits = Limits(connection_bytes=1000)  # until it is full
+        async with stream(address) as (_, writer):
+            writer.write(u32(b"x" * 900) + u32(b"y" * 900) + b"\0")
+            await until(lambda: bool(server.connections) and not server.connections[0].is_read)
+            (connection,) = server.connections
+            connection.limits = short
+            assert connection.overdue(asyncio.get_running_loop().time() + 1000) is None
+            gate.open.set()
+            await until(lambda: connection.closed.done())  # now it is read, and silent
     assert gate.took == [b"x" * 900, b"y" * 900]
 
 
@@ -618,7 +625,7 @@ async def test_ten_thousand_connections_in_turn() -> None:
 async def test_a_thousand_connections_at_once() -> None:
     """A thousand connections at once, good ones and bad ones: each good one gets its packets back, in order."""
     asyncio.get_running_loop().set_debug(False)
-    limits = Limits(total_bytes=8 << 20, idle=PATIENCE, packet=PATIENCE)
+    limits = Limits(total_bytes=8 << 20, packet=None)
     ready, go = asyncio.Barrier(1001), asyncio.Event()
 
     async def good(address: str, seed: int) -> None:
