@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 import random
+import select
 import socket
 import struct
 import sys
@@ -22,7 +23,7 @@ from offload.errors import BrokenResourceError, ClosedResourceError, PacketError
 from offload.net.connection import Connection
 from offload.net.dial import connect, parse_address
 from offload.net.limits import Limits
-from offload.net.server import PacketServer
+from offload.net.server import _QUIET, PacketServer
 from offload.packets.framer import RECEIVE_BYTES, Framer
 from offload.packets.framing import LineFramer, OctetFramer, PrefixFramer
 
@@ -357,6 +358,28 @@ async def test_peer_that_never_reads_is_cut_off() -> None:
     assert told[0].endswith("has read nothing for 0.2 s")
 
 
+async def test_time_while_the_loop_stands_is_not_the_peers() -> None:
+    """Who reads what is sent to it is not cut off, though we have not looked for longer than the send limit."""
+    limit = 0.1
+    async with PacketServer(echo, limits=Limits(send=limit)) as server:
+        place = parse_address(await server.listen("127.0.0.1:0"))
+        with socket.create_connection(place, 2 * limit) as peer:  # type: ignore[arg-type]
+
+            def read_all() -> None:
+                with contextlib.suppress(TimeoutError):  # the loop stands until nothing comes for twice the limit
+                    while peer.recv(1 << 20):
+                        pass
+
+            await until(lambda: bool(server.connections))
+            (connection,) = server.connections
+            while connection._room is None:
+                connection.write_frames([bytes(100_000)])
+            sending = asyncio.ensure_future(connection.send(b"more"))
+            asyncio.get_running_loop().call_soon(read_all)  # in the turn in which its time begins
+            await sending
+            assert not connection.closed.done()
+
+
 # --- faults -----------------------------------------------------------------------------------------------------------
 
 
@@ -452,6 +475,20 @@ async def test_connection_reset_is_told_to_the_handler() -> None:
     assert gate.took == [b"last words"]
 
 
+async def test_end_is_sent_to_a_peer_that_is_gone() -> None:
+    """A peer that has ended its side and is gone since: our end, which it cannot hear, is no error."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        async with connect(f"127.0.0.1:{listening.getsockname()[1]}", PrefixFramer) as connection:
+            listening.accept()[0].close()
+            assert await connection.packet() is None
+            await connection.send(b"to nobody")
+            assert connection._transport is not None
+            poll = select.poll()
+            poll.register(connection._transport.get_extra_info("socket"), 0)
+            await until(lambda: bool(poll.poll(0)))  # its reset is there
+            connection.send_eof()
+
+
 # --- the end ----------------------------------------------------------------------------------------------------------
 
 
@@ -491,6 +528,35 @@ async def test_drain_reads_what_is_in_the_sockets() -> None:
             peer.sendall(b"".join(u32(b"%d" % n) for n in range(1000)))
         await server.drain()
     assert len(gate.took) == 5000
+
+
+@pytest.mark.parametrize("which", ["connection_bytes", "total_bytes"])
+async def test_drain_reads_on_where_memory_was_short(which: str) -> None:
+    """What a peer had sent to a connection that was not read, as memory was short, is read and handled too."""
+    gate, sent = Gate(), [b"%3d" % n + bytes(1000) for n in range(400)]
+    server = PacketServer(gate.handle, limits=Limits(**{which: 50_000}))
+    place = parse_address(await server.listen("127.0.0.1:0"))
+    with socket.create_connection(place, PATIENCE) as peer:  # type: ignore[arg-type]
+        peer.sendall(b"".join(map(u32, sent)))
+        await until(lambda: bool(server.connections) and not server.connections[0].is_read)
+        asyncio.get_running_loop().call_later(3 * _QUIET, gate.open.set)  # amid the drain
+        await server.drain(PATIENCE)
+    assert gate.took == sent
+    assert server.stats.cut == 0
+
+
+async def test_what_is_not_read_is_not_quiet() -> None:
+    """Time without bytes counts from where a connection is read again."""
+    loop = asyncio.get_running_loop()
+    async with PacketServer(echo) as server, connect(await server.listen("127.0.0.1:0"), PrefixFramer) as connection:
+        connection.hold("total")
+        waiting = asyncio.ensure_future(connection.quiet(0.05))
+        await asyncio.wait([waiting], timeout=0.07)  # amid its second look
+        assert not waiting.done()
+        connection.let_go("total")
+        begun = loop.time()
+        await waiting
+        assert loop.time() - begun > 0.049
 
 
 async def test_drain_cuts_off_a_handler_that_does_not_end() -> None:
