@@ -17,6 +17,7 @@ Promises:
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import ssl
 from collections import deque
@@ -76,7 +77,7 @@ class Connection(asyncio.BufferedProtocol):
         self._error: Exception | None = None
         self._ended = False
         self._more = False  # packets wait that were not in the last batch
-        self._since = self._begun = self._loop.time()  # of the last byte; of the packet under way
+        self._since = self._begun = self._loop.time()  # of the last byte, or let go; of the packet under way
 
     def __repr__(self) -> str:
         return f"<Connection {self.peer}>"
@@ -135,14 +136,16 @@ class Connection(asyncio.BufferedProtocol):
     async def send_frames(self, frames: Iterable[Buffer]) -> None:
         """As `send`, for frames that are encoded already."""
         self.write_frames(frames)
-        if self._room is None:
+        room = self._room
+        if room is None:
             return
         try:
             async with asyncio.timeout(self.limits.send):
                 # Several may wait: each for the same future, which none of them may cancel.
-                await asyncio.shield(self._room)
+                await asyncio.shield(room)
         except TimeoutError:
-            self.abort(BrokenResourceError(f"{self.peer} has read nothing for {self.limits.send} s"))
+            if not room.done():  # else it has read, and we have not looked for so long
+                self.abort(BrokenResourceError(f"{self.peer} has read nothing for {self.limits.send} s"))
         if self.closed.done() or self._transport is None:
             raise self._gone()
 
@@ -158,7 +161,8 @@ class Connection(asyncio.BufferedProtocol):
         """Say that nothing more is sent; what the peer sends still comes. TLS has no such half: there, as `close`."""
         if self._transport is not None and not self._transport.is_closing():
             if self._transport.can_write_eof():
-                self._transport.write_eof()
+                with contextlib.suppress(OSError):  # the peer is gone, and behind its own end nobody noticed
+                    self._transport.write_eof()
             else:
                 self._transport.close()
 
@@ -250,6 +254,14 @@ class Connection(asyncio.BufferedProtocol):
             if not self._holds and self._transport is not None and not self._transport.is_closing():
                 self._since = self._begun = self._loop.time()  # it could not send
                 self._transport.resume_reading()
+
+    async def quiet(self, seconds: float) -> None:
+        """Wait until it was read for so long and nothing came, or is not read any more."""
+        while self._holds <= {"full", "total"} and not self._ended:
+            before = self._since
+            await asyncio.wait([self.closed], timeout=seconds)
+            if self.is_read and self._since == before:  # while memory is short, what was sent waits in the socket
+                return
 
     def end(self) -> None:
         """Take nothing more: the consumer gets what is whole, then the end."""

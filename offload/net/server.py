@@ -247,11 +247,7 @@ class PacketServer:
 
     async def _end(self, connection: Connection) -> None:
         """End its stream once nothing comes any more: what a peer has sent before is in the socket already."""
-        while connection.is_read:
-            before = connection.received_bytes
-            await asyncio.wait([connection.closed], timeout=_QUIET)
-            if connection.received_bytes == before:
-                break
+        await connection.quiet(_QUIET)
         connection.end()
 
     async def _sweep(self) -> None:

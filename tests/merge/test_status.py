@@ -105,7 +105,7 @@ def test_a_stale_status_is_not_believed(logs: Path, out: Path) -> None:
     """After kill -9, and while another writes the file without a status, what the dead one told is not believed."""
     (logs / "a").write_bytes(b"one\n")
     with following(logs, "-o", out) as process:
-        until(lambda: status_beside(out).exists() and told(out).get("lines") == 1)
+        until(lambda: status_beside(out).exists() and told(out)["durable"]["lines"] == 1)
         process.kill()
         process.wait()
     stale = json.loads(status_beside(out).read_text())
@@ -254,18 +254,25 @@ def test_every_form_of_the_command(logs: Path, out: Path, tmp_path: Path) -> Non
     parser = pytest.importorskip("prometheus_client.parser")
     for name in AWKWARD:
         (logs / name).write_bytes(b"one\n")
-    with following(logs, "-o", out, "--status", tmp_path / "told.json"):
-        told_file = tmp_path / "told.json"
-        until(lambda: told_file.exists() and bool(json.loads(told_file.read_text())["sources"]))  # the first has none
-        where = f"--status={tmp_path / 'told.json'}"
+    told_file = tmp_path / "told.json"
+
+    def caught_up() -> bool:
+        found = json.loads(told_file.read_text()) if told_file.exists() else {}
+        return (found.get("lines"), found.get("lag_bytes")) == (len(AWKWARD), 0)
+
+    with following(logs, "-o", out, "--status", told_file) as process:
+        until(caught_up)
+        where = f"--status={told_file}"
         for arguments in ([], ["--json"], ["--prometheus"]):
             assert status(out, *arguments)
             assert status(out, where, *arguments)
-        text = status(out, "--status", tmp_path / "told.json", "--prometheus").decode()
+        text = status(out, "--status", told_file, "--prometheus").decode()
         families = {family.name for family in parser.text_string_to_metric_families(text)}
         assert {"offload_merge_up", "offload_merge_lines", "offload_merge_source_lag_seconds"} <= families
-        table = status(out, "--status", tmp_path / "told.json").decode()
+        table = status(out, "--status", told_file).decode()
         assert f"{logs}/line\\nend\t0 B" in table
+        process.terminate()  # killed amid a status it would leave half of one
+        assert process.wait(AMPLE) == 0
     assert "nobody writes it now" in status(out, code=1).decode()
     status(out, "--json", "--prometheus", code=2)
     status(tmp_path / "nope.opk", code=3)

@@ -313,11 +313,13 @@ def test_serve_that_cannot_says_what_is_wrong(arguments: list[str], code: int, m
 
 def test_serve_tells_why_it_closed_a_connection(tmp_path: Path) -> None:
     """A peer that speaks another framing is closed, and told why; a flood of them not one by one."""
-    with Serve(tmp_path, "octet") as serve:
-        for _ in range(100):
-            with socket.create_connection((serve.host, serve.port)) as peer:
-                peer.sendall(b"GET / HTTP/1.0\r\n\r\n")
-                assert peer.recv(1) == b""
+    with Serve(tmp_path, "octet") as serve, contextlib.ExitStack() as stack:
+        address = serve.host, serve.port
+        peers = [stack.enter_context(socket.create_connection(address)) for _ in range(100)]
+        for peer in peers:
+            peer.sendall(b"GET / HTTP/1.0\r\n\r\n")
+        for peer in peers:
+            assert peer.recv(1) == b""
     reasons = [line for line in serve.said().splitlines() if "is closed: byte 0: found b'GET / HTTP/'" in line]
     assert 1 <= len(reasons) < 100
     assert serve.summary["bad"] == 100
@@ -338,11 +340,11 @@ def test_serve_checks_large_packets_and_drains_them(tmp_path: Path) -> None:
     payloads = [b"%02d" % n + bytes(100_000) for n in range(20)]
     frames = [struct.pack(">I", len(p)) + p + hashlib.sha256(p).digest() for p in payloads]
     with Serve(tmp_path, ">I,sha256") as serve:
-        with socket.create_connection((serve.host, serve.port)) as peer:
-            peer.sendall(frames[0] + frames[1][:-1] + b"?" + frames[2])
-            with contextlib.suppress(ConnectionResetError):  # there was more than it wanted to read
-                assert peer.recv(1) == b""
-        with socket.create_connection((serve.host, serve.port)) as peer:
+        address = serve.host, serve.port
+        with socket.create_connection(address) as peer, contextlib.suppress(ConnectionError):
+            peer.sendall(frames[0] + frames[1][:-1] + b"?" + frames[2])  # more than it wants to read
+            assert peer.recv(1) == b""
+        with socket.create_connection(address) as peer:
             peer.sendall(b"".join(frames[3:]))
             serve.terminate()
             serve.process.wait(PATIENCE)

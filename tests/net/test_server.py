@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 import random
+import select
 import socket
 import struct
 import sys
@@ -22,7 +23,7 @@ from offload.errors import BrokenResourceError, ClosedResourceError, PacketError
 from offload.net.connection import Connection
 from offload.net.dial import connect, parse_address
 from offload.net.limits import Limits
-from offload.net.server import PacketServer
+from offload.net.server import _QUIET, PacketServer
 from offload.packets.framer import RECEIVE_BYTES, Framer
 from offload.packets.framing import LineFramer, OctetFramer, PrefixFramer
 
@@ -279,13 +280,16 @@ async def test_silent_connection_is_closed(begin: bytes) -> None:
     """A connection from which nothing comes is closed after the idle limit, also inside a packet; others stay."""
     async with PacketServer(echo, limits=Limits(idle=0.2)) as server:
         address = await server.listen("127.0.0.1:0")
-        async with stream(address) as (reader, writer), stream(address) as (busy, busy_writer):
+        async with stream(address) as (reader, writer):
             writer.write(begin)
-            leaving = asyncio.ensure_future(gone(reader))
-            while not leaving.done():
+            await until(lambda: server.stats.accepted == 1)
+            server.limits = Limits(idle=PATIENCE)  # of the next one: however slow we are, it is not overdue
+            async with stream(address) as (busy, busy_writer):
+                assert await gone(reader)
+                begun = asyncio.get_running_loop().time()
                 busy_writer.write(u32(b"here"))
                 assert await u32_from(busy) == b"here"
-                await asyncio.wait([leaving], timeout=0.02)
+                assert server.connections[-1].overdue(begun + PATIENCE) is None
     assert server.stats.overdue == 1
 
 
@@ -317,15 +321,19 @@ async def test_idle_connection_without_a_limit_stays() -> None:
 
 async def test_time_while_we_do_not_read_is_not_the_peers() -> None:
     """A connection that is not read, because its handler is slow, is not overdue."""
-    gate = Gate()
-    server = PacketServer(gate.handle, limits=Limits(idle=0.05, packet=0.05, connection_bytes=1000))
-    async with server, stream(await server.listen("127.0.0.1:0")) as (_, writer):
-        writer.write(u32(b"x" * 900) + u32(b"y" * 900) + b"\0")
-        await until(lambda: bool(server.connections) and not server.connections[0].is_read)
-        (connection,) = server.connections
-        assert connection.overdue(asyncio.get_running_loop().time() + 1000) is None
-        gate.open.set()
-        await until(lambda: connection.closed.done())  # now it is read, and silent
+    gate, short = Gate(), Limits(idle=0.05, packet=0.05, connection_bytes=1000)
+    async with PacketServer(gate.handle, limits=short) as server:
+        address = await server.listen("127.0.0.1:0")
+        await asyncio.sleep(0)  # the server begins to look for who is overdue, as often as these limits ask
+        server.limits = Limits(connection_bytes=1000)  # until it is full
+        async with stream(address) as (_, writer):
+            writer.write(u32(b"x" * 900) + u32(b"y" * 900) + b"\0")
+            await until(lambda: bool(server.connections) and not server.connections[0].is_read)
+            (connection,) = server.connections
+            connection.limits = short
+            assert connection.overdue(asyncio.get_running_loop().time() + 1000) is None
+            gate.open.set()
+            await until(lambda: connection.closed.done())  # now it is read, and silent
     assert gate.took == [b"x" * 900, b"y" * 900]
 
 
@@ -348,6 +356,28 @@ async def test_peer_that_never_reads_is_cut_off() -> None:
         await done.wait()
     assert len(told) == 1
     assert told[0].endswith("has read nothing for 0.2 s")
+
+
+async def test_time_while_the_loop_stands_is_not_the_peers() -> None:
+    """Who reads what is sent to it is not cut off, though we have not looked for longer than the send limit."""
+    limit = 0.1
+    async with PacketServer(echo, limits=Limits(send=limit)) as server:
+        place = parse_address(await server.listen("127.0.0.1:0"))
+        with socket.create_connection(place, 2 * limit) as peer:  # type: ignore[arg-type]
+
+            def read_all() -> None:
+                with contextlib.suppress(TimeoutError):  # the loop stands until nothing comes for twice the limit
+                    while peer.recv(1 << 20):
+                        pass
+
+            await until(lambda: bool(server.connections))
+            (connection,) = server.connections
+            while connection._room is None:
+                connection.write_frames([bytes(100_000)])
+            sending = asyncio.ensure_future(connection.send(b"more"))
+            asyncio.get_running_loop().call_soon(read_all)  # in the turn in which its time begins
+            await sending
+            assert not connection.closed.done()
 
 
 # --- faults -----------------------------------------------------------------------------------------------------------
@@ -445,6 +475,20 @@ async def test_connection_reset_is_told_to_the_handler() -> None:
     assert gate.took == [b"last words"]
 
 
+async def test_end_is_sent_to_a_peer_that_is_gone() -> None:
+    """A peer that has ended its side and is gone since: our end, which it cannot hear, is no error."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        async with connect(f"127.0.0.1:{listening.getsockname()[1]}", PrefixFramer) as connection:
+            listening.accept()[0].close()
+            assert await connection.packet() is None
+            await connection.send(b"to nobody")
+            assert connection._transport is not None
+            poll = select.poll()
+            poll.register(connection._transport.get_extra_info("socket"), 0)
+            await until(lambda: bool(poll.poll(0)))  # its reset is there
+            connection.send_eof()
+
+
 # --- the end ----------------------------------------------------------------------------------------------------------
 
 
@@ -484,6 +528,35 @@ async def test_drain_reads_what_is_in_the_sockets() -> None:
             peer.sendall(b"".join(u32(b"%d" % n) for n in range(1000)))
         await server.drain()
     assert len(gate.took) == 5000
+
+
+@pytest.mark.parametrize("which", ["connection_bytes", "total_bytes"])
+async def test_drain_reads_on_where_memory_was_short(which: str) -> None:
+    """What a peer had sent to a connection that was not read, as memory was short, is read and handled too."""
+    gate, sent = Gate(), [b"%3d" % n + bytes(1000) for n in range(400)]
+    server = PacketServer(gate.handle, limits=Limits(**{which: 50_000}))
+    place = parse_address(await server.listen("127.0.0.1:0"))
+    with socket.create_connection(place, PATIENCE) as peer:  # type: ignore[arg-type]
+        peer.sendall(b"".join(map(u32, sent)))
+        await until(lambda: bool(server.connections) and not server.connections[0].is_read)
+        asyncio.get_running_loop().call_later(3 * _QUIET, gate.open.set)  # amid the drain
+        await server.drain(PATIENCE)
+    assert gate.took == sent
+    assert server.stats.cut == 0
+
+
+async def test_what_is_not_read_is_not_quiet() -> None:
+    """Time without bytes counts from where a connection is read again."""
+    loop = asyncio.get_running_loop()
+    async with PacketServer(echo) as server, connect(await server.listen("127.0.0.1:0"), PrefixFramer) as connection:
+        connection.hold("total")
+        waiting = asyncio.ensure_future(connection.quiet(0.05))
+        await asyncio.wait([waiting], timeout=0.07)  # amid its second look
+        assert not waiting.done()
+        connection.let_go("total")
+        begun = loop.time()
+        await waiting
+        assert loop.time() - begun > 0.049
 
 
 async def test_drain_cuts_off_a_handler_that_does_not_end() -> None:
@@ -618,7 +691,7 @@ async def test_ten_thousand_connections_in_turn() -> None:
 async def test_a_thousand_connections_at_once() -> None:
     """A thousand connections at once, good ones and bad ones: each good one gets its packets back, in order."""
     asyncio.get_running_loop().set_debug(False)
-    limits = Limits(total_bytes=8 << 20, idle=PATIENCE, packet=PATIENCE)
+    limits = Limits(total_bytes=8 << 20, packet=None)
     ready, go = asyncio.Barrier(1001), asyncio.Event()
 
     async def good(address: str, seed: int) -> None:
