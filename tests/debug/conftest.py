@@ -23,7 +23,7 @@ from offload.debug.record import Stall, Verdict
 
 FOLDER = Path("/proc/self/fd")
 TASKS = Path("/proc/self/task")
-HANG = float(os.environ.get("OFFLOAD_TEST_HANG", "60")) + float(os.environ.get("OFFLOAD_TEST_STARVED", "0"))
+HANG = float(os.environ.get("OFFLOAD_TEST_HANG", "120")) + float(os.environ.get("OFFLOAD_TEST_STARVED", "0"))
 HERE = Path(__file__).parent
 # Files, and a test: what they look at takes time, and so does looking.
 TIMED = {

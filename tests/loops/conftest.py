@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 FOLDER = Path("/proc/self/fd")
-HANG = float(os.environ.get("OFFLOAD_TEST_HANG", "30"))
+HANG = float(os.environ.get("OFFLOAD_TEST_HANG", "60"))
 
 
 def give_up(config: pytest.Config, test: str) -> None:

@@ -66,7 +66,7 @@ def new_gate() -> Iterator[Gate]:
 def run_program(source: str) -> subprocess.CompletedProcess[str]:
     flags = ["-X", "dev", "-W", "error", "-W", "ignore:This process:DeprecationWarning"]  # of forks, from Python 3.12
     return subprocess.run(
-        [sys.executable, *flags, "-c", source], capture_output=True, text=True, timeout=20, check=False
+        [sys.executable, *flags, "-c", source], capture_output=True, text=True, timeout=50, check=False
     )
 
 

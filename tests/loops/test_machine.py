@@ -51,7 +51,7 @@ from offload.errors import (
 
 SCHEDULES = os.environ.get("OFFLOAD_SCHEDULES")
 REPLAY = os.environ.get("OFFLOAD_SCHEDULE")
-HANG = float(os.environ.get("OFFLOAD_TEST_HANG", "30"))
+HANG = float(os.environ.get("OFFLOAD_TEST_HANG", "60"))
 FORKS = hasattr(os, "fork")
 DESCRIPTORS = Path("/proc/self/fd")
 

@@ -377,7 +377,7 @@ def test_resource_left_open_has_its_data_on_disk_at_exit(tmp_path: Path) -> None
         [sys.executable, "-X", "dev", "-c", LEFT_OPEN, str(path)],
         capture_output=True,
         text=True,
-        timeout=20,
+        timeout=50,
         check=False,
     )
     assert (done.returncode, complaints(done.stderr)) == (0, [])

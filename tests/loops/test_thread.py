@@ -660,7 +660,7 @@ async def test_stats_count_what_became_of_the_calls(gate: Gate) -> None:
 # --- fork and exit: programs of their own -----------------------------------------------------------------------------
 
 
-def run_program(source: str, *, timeout: float = 25) -> tuple[int, str, str]:
+def run_program(source: str, *, timeout: float = 50) -> tuple[int, str, str]:
     """Run a script with warnings as errors; exit code, stdout, stderr."""
     command = [sys.executable, "-W", "error", "-W", "ignore:This process:DeprecationWarning", "-c"]
     done = subprocess.run(

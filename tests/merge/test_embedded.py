@@ -20,7 +20,7 @@ from offload.errors import BrokenResourceError, BusyResourceError, ClosedResourc
 from offload.merge.audit import verify
 from offload.merge.engine import Merge
 
-AMPLE = 30.0
+AMPLE = 60.0
 DESCRIPTORS = Path("/proc/self/fd")
 
 

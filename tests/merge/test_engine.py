@@ -31,7 +31,7 @@ from offload.merge.split import split, stat
 from offload.packets.codec import CommitInfo
 from offload.packets.format import FrameType
 
-AMPLE = 30.0  # seconds until a condition that must come true is given up
+AMPLE = 60.0  # seconds until a condition that must come true is given up
 DESCRIPTORS = Path("/proc/self/fd")
 
 

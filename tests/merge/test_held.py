@@ -21,7 +21,7 @@ from offload.merge.torture import read_lines
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="files that are deleted while they are open")
 
-AMPLE = 30.0
+AMPLE = 60.0
 LINES = [b"%d of the lines of a log, all of them different\n" % number for number in range(400)]
 
 

@@ -38,7 +38,7 @@ from offload.packets.format import Compression, Flag, FrameType
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="renames under open descriptors, inodes, inotify")
 
-AMPLE = 30.0  # seconds until a condition that must come true is given up
+AMPLE = 60.0  # seconds until a condition that must come true is given up
 LINES = [b"%d of the lines of a log, all of them different\n" % number for number in range(1000)]
 HEAD = b"".join(LINES[:100])  # longer than any head that is compared
 

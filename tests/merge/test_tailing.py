@@ -21,7 +21,7 @@ from offload.files.tail import Tail
 from offload.merge.tailing import pack_position, unpack_position
 from offload.merge.workload import Checker, Workload
 
-AMPLE = 30.0  # seconds until what must happen is given up
+AMPLE = 60.0  # seconds until what must happen is given up
 DESCRIPTORS = Path("/proc/self/fd")
 
 
