@@ -5,8 +5,15 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+from contextlib import suppress
 
 import pytest
+
+with suppress(ImportError):
+    from hypothesis import settings
+
+    settings.register_profile("patient", deadline=None)  # who is slow is not wrong; all else stays as it is
+    settings.load_profile("patient")
 
 
 def pytest_configure() -> None:

@@ -32,6 +32,7 @@ from offload.files import aio
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="named pipes of a set size")
 
+AMPLE = 60.0  # seconds until what must happen is given up
 BLOCK = b"#" * 8192  # twice what the pipe holds
 
 
@@ -73,7 +74,7 @@ class Opener:
 
     def __call__(self, name: str, flags: int) -> int:
         self._loop.call_soon_threadsafe(self.begun.set)
-        self.go_on.wait()
+        assert self.go_on.wait(AMPLE)
         return os.open(name, flags)
 
 
@@ -198,6 +199,39 @@ async def test_a_blocked_file_blocks_only_itself(tmp_path: Path, pipe: Pipe) -> 
         assert not writing.done()
         await pipe.take(len(BLOCK) - 1)
         assert await writing == len(BLOCK)
+
+
+async def test_a_server_goes_on_while_a_file_is_opened(tmp_path: Path) -> None:
+    """While the file that one server gives out is being opened, another answers; then all of it comes."""
+    path, opener = tmp_path / "file", Opener()
+    path.write_bytes(b"one\ntwo\n")
+
+    async def give(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        async with offload.open(path, "rb", opener=opener) as file:
+            while data := await file.read(1):
+                writer.write(data)
+                await writer.drain()
+        writer.close()
+
+    async def answer(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"1")
+        await writer.drain()
+        writer.close()
+
+    async with (
+        asyncio.timeout(AMPLE),
+        await asyncio.start_server(give, "127.0.0.1", 0) as slow,
+        await asyncio.start_server(answer, "127.0.0.1", 0) as quick,
+    ):
+        reader, writer = await asyncio.open_connection(*slow.sockets[0].getsockname())
+        await opener.begun.wait()
+        for _ in range(31):
+            asked, asker = await asyncio.open_connection(*quick.sockets[0].getsockname())
+            assert await asked.read() == b"1"
+            asker.close()
+        opener.go_on.set()
+        assert await reader.read() == path.read_bytes()
+        writer.close()
 
 
 @pytest.mark.parametrize(

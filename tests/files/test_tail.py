@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import subprocess
@@ -535,6 +536,7 @@ def test_a_resumed_fragment_goes_on(log: Log, monkeypatch: pytest.MonkeyPatch) -
 def test_a_fifo_does_not_block_and_is_refused(tmp_path: Path) -> None:
     """A FIFO without a writer, a folder, a device and a missing file raise at once, and nothing stays open."""
     os.mkfifo(tmp_path / "fifo")
+    gc.collect()
     before = len(os.listdir("/proc/self/fd"))
     for path, error, text in (
         (tmp_path / "fifo", OSError, "no regular file"),

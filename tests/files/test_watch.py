@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -271,6 +272,7 @@ async def test_what_cannot_be_watched_makes_it_look_by_time(
 
 async def test_polling(folder: Path) -> None:
     """Told to poll it takes nothing of inotify, waits its interval or less, is woken, and finds what changed."""
+    gc.collect()
     before = len(os.listdir("/proc/self/fd"))
     watch = Watch(poll=True, interval=3600)
     watch.add(str(folder))
@@ -355,6 +357,7 @@ async def test_no_instance_left_falls_back_to_polling(folder: Path, monkeypatch:
 
 async def test_close_gives_the_descriptor_back(folder: Path) -> None:
     """Closed once or twice, nothing stays open, and a look finds that anything may have changed."""
+    gc.collect()
     before = sorted(os.listdir("/proc/self/fd"))
     watch = Watch()
     watch.add(str(folder))

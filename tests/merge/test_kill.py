@@ -186,6 +186,7 @@ class Torture:
     @contextmanager
     def merging(self, *options: str) -> Iterator[subprocess.Popen[bytes]]:
         """`merge -f` runs within this block; it is killed behind it if it still does."""
+        gets_on()
         command = [*self.command, "merge", "-f", str(self.logs), "-o", str(self.packet), "--quiet", *self.options]
         with (
             self._errors.open("wb") as errors,
@@ -305,6 +306,11 @@ def until(condition: Callable[[], object], process: subprocess.Popen[bytes]) -> 
         time.sleep(0.0003)
 
 
+def gets_on() -> None:
+    """Only what stands still from now on hangs, however long it takes to kill as often as was asked for."""
+    faulthandler.dump_traceback_later(2 * PATIENCE, exit=True, file=2)
+
+
 # --- what checks ------------------------------------------------------------------------------------------------------
 
 
@@ -366,6 +372,7 @@ def check(torture: Torture) -> Findings:
 
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    gets_on()
     command = [*OFFLOAD, *map(str, arguments)]
     return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=PATIENCE, check=False)
 
@@ -415,8 +422,12 @@ class Follower:
         def has_all() -> bool:
             return all(len(self.content.get(p.path.name, b"")) >= p.whole for p in programs)
 
-        async with asyncio.timeout(PATIENCE), self._more:
-            await self._more.wait_for(lambda: has_all() or self._failed)
+        async with self._more:
+            while not (has_all() or self._failed):
+                gets_on()
+                async with asyncio.timeout(PATIENCE):
+                    await self._more.wait()
+        gets_on()
 
     async def _follow(self) -> None:
         names: dict[int, str] = {}
@@ -443,9 +454,9 @@ class Follower:
 
 
 @pytest.fixture(autouse=True)
-def time_for_all_kills() -> Iterator[None]:
-    """Not a hang: fifty kills, or as many as were asked for, on a busy machine."""
-    faulthandler.dump_traceback_later(2 * PATIENCE + 2 * KILLS, exit=True, file=2)
+def ended_if_it_hangs() -> Iterator[None]:
+    """What hangs shows where each thread stands."""
+    gets_on()
     yield
     faulthandler.cancel_dump_traceback_later()
 

@@ -117,8 +117,8 @@ class Traced:
         self._forks.stdin.write(json.dumps([str(self._stderr), *arguments]) + "\n")
         self._forks.stdin.flush()
         pid = int(self._forks.stdout.readline())
-        watched = [f"-P{path}" for path in paths]
-        command = ["strace", "-f", "-qq", "-o", str(self._trace), "-e", f"trace={calls}", *watched, *options]
+        seen = ["-e", "signal=none", "-e", f"trace={calls}", *(f"-P{path}" for path in paths)]
+        command = ["strace", "-f", "-qq", "-o", str(self._trace), *seen, *options]
         ends: list[Ended] = []
         with subprocess.Popen([*command, "-p", str(pid)], stderr=subprocess.PIPE, text=True) as strace:
             try:

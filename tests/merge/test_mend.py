@@ -13,6 +13,7 @@ import pytest
 from offload.errors import BusyResourceError, PacketError
 from offload.files.frame_source import FrameSource
 from offload.files.packet_file import PacketFile, Piece
+from offload.files.packet_stream import PacketWriter
 from offload.merge.audit import verify
 from offload.merge.engine import Merge, Progress
 from offload.merge.mend import can_be_read_again, write_anew
@@ -26,7 +27,10 @@ WHY = PacketError("damaged", 0)
 
 def merge(out: Path, logs: Path) -> Progress:
     async def run() -> Progress:
-        async with Merge([str(logs)], out) as engine, asyncio.timeout(AMPLE):
+        engine = Merge([str(logs)], out)
+        assert isinstance(engine._writer, PacketWriter)
+        engine._writer._interval = 3600.0  # the only COMMIT is that of the end, however long reading takes
+        async with engine, asyncio.timeout(AMPLE):
             return await engine.run()
 
     return asyncio.run(run())

@@ -183,9 +183,10 @@ def is_whole(packet: Path) -> bool:
     """Whether it ends with a whole frame, with no damage before."""
     if not packet.exists():
         return True
-    with FrameSource(packet, alone=True) as source:
+    with contextlib.suppress(PacketError), FrameSource(packet, alone=True) as source:  # cut while it is looked at
         found = source.series.recover()
-    return found.torn == 0 and found.hole is None
+        return found.torn == 0 and found.hole is None
+    return False
 
 
 class Cuts(Round):
@@ -297,7 +298,7 @@ def test_a_disk_that_is_full(tmp_path: Path, disk: LoopDisk, cut: bool) -> None:
         os.posix_fallocate(file.fileno(), 0, room.f_bavail * room.f_bsize - len(content) // 3)
     with following(logs, packet, errors) as merge:
         until(lambda: b"waits for room" in errors.read_bytes())
-        assert is_whole(packet)
+        until(lambda: is_whole(packet))  # but for moments: a try writes what has room, and cuts it back
         assert packet.stat().st_size < len(content) // 2
         durable = durable_segments(packet)
         if cut:

@@ -838,8 +838,9 @@ async def test_17_blocked_output(logs: Path, out: Path, monkeypatch: pytest.Monk
         try:
             await until(blocked.is_set)
             (logs / "new.log").write_bytes(b"new\n")
-            await until(lambda: engine.progress.sources == 2)
-            (logs / "new.log").unlink()  # it was opened when it was found
+            new = str(logs / "new.log")
+            await until(lambda: new in engine._tails and engine._tails[new].descriptors > 0)
+            os.unlink(new)  # it was opened when it was found
             add(path, b" a line\n")
         finally:
             gate.set()

