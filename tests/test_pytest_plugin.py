@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import textwrap
 from importlib.metadata import entry_points
 from typing import Any, cast
@@ -52,8 +53,8 @@ class Session:
         times = 0
         while True:
             found, text = self._run(arguments, counted=bool(counts))
-            busy = "unmeasured" in found and "unmeasured" not in counts  # this machine
-            if busy:
+            busy = found.get("unmeasured", 0) > counts.get("unmeasured", 0)  # this machine
+            if busy and "unmeasured" not in counts:
                 found["passed"] = found.get("passed", 0) + found.pop("unmeasured")
             times += 1
             if not busy or found == counts or times == _TIMES:
@@ -121,7 +122,7 @@ def test_option_fails_the_test_that_blocks(session: Session) -> None:
     line = line_of(BLOCKS)
     assert f"test_it.py:{line} in test_blocks: waiting in" in text
     assert "time.sleep(0.15)  # here" in text
-    assert "FAIL test_it.py::test_blocks: 1" in text
+    assert re.search(rf"FAIL test_it\.py::test_blocks: [\d.]+ m?s at test_it\.py:{line} in test_blocks", text)
     assert "Traceback" not in text
     assert "offload/" not in text
 
@@ -399,7 +400,9 @@ def test_what_could_not_be_measured_is_told_and_not_failed(session: Session) -> 
         import asyncio, bdb, os, signal, subprocess, sys, time
         async def test_stopped():
             await asyncio.sleep(0)
-            waker = subprocess.Popen(["sh", "-c", f"sleep 0.5; kill -CONT {os.getpid()}"])
+            running = f"grep -qs '^State:.[^T]' /proc/{os.getpid()}/status"
+            wakes = f"while {running}; do sleep 0.01; done; sleep 0.5; kill -CONT {os.getpid()}"
+            waker = subprocess.Popen(["sh", "-c", wakes])
             os.kill(os.getpid(), signal.SIGSTOP)
             await asyncio.sleep(0)
             await asyncio.to_thread(waker.wait)
@@ -419,8 +422,8 @@ def test_what_could_not_be_measured_is_told_and_not_failed(session: Session) -> 
             sys.settrace(None)
     """
     text = session(tests, "--slow-callbacks=0.1", "--junitxml=junit.xml", "-v", unmeasured=3, passed=1)
-    assert text.count("UNMEASURED test_it.py::") == 3
-    assert "UNMEASURED test_it.py::test_stopped: " in text
+    told = set(re.findall(r"UNMEASURED test_it\.py::(\w+): ", text))
+    assert told == {"test_stopped", "test_clock", "test_debugged"}
     properties = ElementTree.parse(session.pytester.path / "junit.xml").iter("property")
     assert [(p.get("name"), p.get("value")) for p in properties] == [("slow_callbacks", "unmeasured")] * 3
 
@@ -461,7 +464,7 @@ def test_report_of_a_clean_session_says_pass(session: Session) -> None:
 def test_report_that_cannot_be_written_fails_the_session(session: Session) -> None:
     """It is told at the end, and the exit code is not 0."""
     (session.pytester.path / "folder.json").mkdir()
-    text = session("async def test_clean(): pass", "--slow-callbacks", "--slow-callbacks-report=folder.json")
+    text = session("async def test_clean(): pass", "--slow-callbacks=20", "--slow-callbacks-report=folder.json")
     assert session.code == 1
     assert "folder.json: Is a directory" in text
     assert "1 passed" in text

@@ -15,8 +15,9 @@ import subprocess
 import sys
 import termios
 import textwrap
+import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -24,6 +25,7 @@ import pytest
 
 RUN = [sys.executable, "-m", "offload", "run"]
 AMPLE = 60.0  # seconds until something that must happen is given up
+TIMES = 6  # so often a program is run where the machine kept the detector from measuring what it is about
 
 BLOCKS = """
     import asyncio, sys, time
@@ -61,6 +63,23 @@ def stalls(folder: Path, name: str = "report.json") -> list[dict[str, Any]]:
     report = json.loads((folder / name).read_text())
     assert report["schema"] == 1
     return [stall for stall in report["stalls"] if stall["verdict"] != "unmeasured"]
+
+
+def is_unclear(report: dict[str, Any]) -> bool:
+    """Whether the watchdog was kept from seeing a stall, or was late where nothing but its ticks tells of one."""
+    ticked = [stall for stall in report["stalls"] if stall["precision"] == "heartbeat"]
+    in_time = [stall for stall in ticked if stall["numbers"]["late"] <= stall["threshold"] / 2]
+    loops = [loop for loop in report["loops"] if loop["precision"] == "heartbeat"]  # each is blocked once
+    return len(in_time) < len(loops) or any(stall["verdict"] == "unmeasured" for stall in report["stalls"])
+
+
+def measured(command: list[str], folder: Path, run: Callable[[list[str], Path], Done] = done) -> Done:
+    """Run it until its report.json is clear: that the machine stops the watchdog is no fault of anybody's."""
+    found, report = run(command, folder), folder / "report.json"
+    for _ in range(TIMES - 1):
+        if report.exists() and is_unclear(json.loads(report.read_text())):
+            found = run(command, folder)
+    return found
 
 
 def line_of(program: str, mark: str) -> int:
@@ -343,7 +362,7 @@ def test_closed_streams_stay_closed(tmp_path: Path) -> None:
     assert done(["sh", "-c", command], tmp_path).code == 12
     script = write(tmp_path, BLOCKS)
     command = f"{sys.executable} -m offload run --report report.json {script} >&- 2>&-"
-    assert done(["sh", "-c", command], tmp_path).code == 0
+    assert measured(["sh", "-c", command], tmp_path).code == 0
     assert_reported(tmp_path)
 
 
@@ -369,7 +388,7 @@ def test_report_is_written_however_the_program_ends(tmp_path: Path, ending: str)
     """The report tells of the blocking line, and the exit code is the program's own."""
     last, code = ENDINGS[ending]
     script = write(tmp_path, textwrap.dedent(BLOCKS) + last + "\n")
-    found = done([*RUN, "--report", "report.json", script], tmp_path)
+    found = measured([*RUN, "--report", "report.json", script], tmp_path)
     assert found.code == code, found.err
     assert found.out == ""
     assert_reported(tmp_path)
@@ -391,13 +410,19 @@ def test_signal_from_outside_ends_it_and_is_reported(tmp_path: Path, number: int
             asyncio.run(waits())
         """),
     )
-    with started([*RUN, "--report", "report.json", script], tmp_path) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == b"ready\n"
-        process.send_signal(number)
-        _, err = process.communicate(timeout=AMPLE)
-    assert process.returncode == code, err
-    assert b"offload/cli" not in err
+
+    def interrupted(command: list[str], folder: Path) -> Done:
+        with started(command, folder) as process:
+            assert process.stdout is not None
+            assert select.select([process.stdout], [], [], AMPLE)[0], "it is not ready"
+            assert process.stdout.readline() == b"ready\n"
+            process.send_signal(number)
+            out, err = process.communicate(timeout=AMPLE)
+        return Done(process.returncode, out.decode(), err.decode())
+
+    found = measured([*RUN, "--report", "report.json", script], tmp_path, interrupted)
+    assert found.code == code, found.err
+    assert "offload/cli" not in found.err
     assert_reported(tmp_path)
 
 
@@ -417,7 +442,7 @@ FALLS_ASLEEP = """
 def test_signal_that_comes_just_before_a_wait_ends_it(tmp_path: Path, number: int, wait: str) -> None:
     """Python would see it after the wait; the more threads ask for the GIL, the more often a signal comes then."""
     code = textwrap.dedent(BLOCKS) + textwrap.dedent(FALLS_ASLEEP.format(number=number, wait=wait))
-    found = done([*RUN, "--report", "report.json", write(tmp_path, code)], tmp_path)
+    found = measured([*RUN, "--report", "report.json", write(tmp_path, code)], tmp_path)
     assert found.code == -number, found.err
     assert_reported(tmp_path)
 
@@ -523,8 +548,8 @@ def test_every_loop_is_watched(tmp_path: Path) -> None:
     """Loops one after the other, on threads, and uvloop's: each that was blocked is in the report."""
     program = """
         import asyncio, threading, time, uvloop
-        async def blocks(seconds):
-            await asyncio.sleep(0.001)
+        async def blocks(seconds, after=0.001):
+            await asyncio.sleep(after)
             time.sleep(seconds)
             await asyncio.sleep(0.001)
         asyncio.run(blocks(0.21))
@@ -532,10 +557,10 @@ def test_every_loop_is_watched(tmp_path: Path) -> None:
         thread = threading.Thread(target=lambda: asyncio.run(blocks(0.23)), name="side")
         thread.start()
         thread.join()
-        uvloop.run(blocks(0.24))
+        uvloop.run(blocks(0.24, after=0.2))  # its clocks have been read by then, so that a late look shows
     """
     script = write(tmp_path, program)
-    assert done([*RUN, "-q", "--report", "report.json", script], tmp_path) == (0, "", "")
+    assert measured([*RUN, "-q", "--report", "report.json", script], tmp_path) == (0, "", "")
     found = stalls(tmp_path)
     assert [s["line"] for s in found] == [line_of(program, "time.sleep(seconds)")] * 4
     assert [s["precision"] for s in found] == ["exact"] * 3 + ["heartbeat"]
@@ -547,8 +572,8 @@ def test_every_loop_is_watched(tmp_path: Path) -> None:
 def test_every_form_of_report_is_written(tmp_path: Path) -> None:
     """--report may be given several times; each file's ending picks its form."""
     script = write(tmp_path, BLOCKS)
-    names = ["r.json", "r.html", "r.xml", "r.sarif", "r.folded"]
-    assert done([*RUN, "-q", *(f"--report={name}" for name in names), script], tmp_path) == (0, "", "")
+    names = ["report.json", "r.html", "r.xml", "r.sarif", "r.folded"]
+    assert measured([*RUN, "-q", *(f"--report={name}" for name in names), script], tmp_path) == (0, "", "")
     for name in names:
         assert "blocks" in (tmp_path / name).read_text(), name
 
@@ -557,7 +582,7 @@ def test_every_form_of_report_is_written(tmp_path: Path) -> None:
 def test_table_and_log_go_to_stderr(tmp_path: Path) -> None:
     """What blocked stands on stderr, named by its line; stdout is the program's alone; -q says nothing."""
     script = write(tmp_path, textwrap.dedent(BLOCKS) + "print('out')")
-    found = done([*RUN, script], tmp_path)
+    found = measured([*RUN, "--report", "report.json", script], tmp_path)
     assert (found.code, found.out) == (0, "out\n")
     assert "FAIL" in found.err
     assert f"program.py:{line_of(BLOCKS, '# here')}" in found.err
@@ -580,7 +605,7 @@ def test_threshold_and_allow_decide_what_is_a_stall(tmp_path: Path) -> None:
 def test_fail_sets_the_exit_code_only_of_a_program_that_ended_well(tmp_path: Path, last: str, code: int) -> None:
     """--fail turns 0 into 3 after a stall, and leaves any other exit code; nothing that was printed is lost."""
     script = write(tmp_path, textwrap.dedent(BLOCKS) + f"print('x' * 100_000)\n{last}\n")
-    found = done([*RUN, "--fail", script], tmp_path)
+    found = measured([*RUN, "--fail", "--report", "report.json", script], tmp_path)
     assert found.code == code
     assert found.out == "x" * 100_000 + "\n"
 
@@ -599,7 +624,7 @@ def test_report_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     (tmp_path / "folder.json").mkdir()
     script = write(tmp_path, BLOCKS)
     command = [*RUN, "-q", "--report", "folder.json", "--report", "report.json", script]
-    found = done(command, tmp_path)
+    found = measured(command, tmp_path)
     assert found == (4, "", f"offload: {tmp_path}/folder.json: Is a directory\n")
     assert_reported(tmp_path)
     write(tmp_path, textwrap.dedent(BLOCKS) + "sys.exit(8)")
@@ -662,22 +687,28 @@ class Screen:
     def __init__(self) -> None:
         self.master, self.slave = pty.openpty()
         fcntl.ioctl(self.slave, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 100, 0, 0))
-        self.text = ""
+        self.data = b""
 
-    def read_to_the_end(self) -> str:
-        os.close(self.slave)
-        with contextlib.suppress(OSError):  # EIO: nobody has it open any more
-            while select.select([self.master], [], [], AMPLE)[0] and (data := os.read(self.master, 65536)):
-                self.text += data.decode(errors="replace")
-        os.close(self.master)
-        return self.text
+    @property
+    def text(self) -> str:
+        return self.data.decode(errors="replace")
+
+    @property
+    def plain(self) -> str:
+        return re.sub(r"\x1b\[[0-9;]*[A-Za-z]|\x1b[78]", "", self.text)
+
+    def read_until(self, drawn: Callable[[], object]) -> None:
+        """Read until this is on it, or nobody has it open any more."""
+        deadline = time.monotonic() + AMPLE
+        with contextlib.suppress(OSError):  # EIO: nobody has
+            while not drawn() and select.select([self.master], [], [], max(0.0, deadline - time.monotonic()))[0]:
+                self.data += os.read(self.master, 65536)
 
 
 LIVE = """
-    import asyncio, sys, time
+    import asyncio, os, sys, time
     async def blocks():
-        until = time.monotonic() + 1.5
-        while time.monotonic() < until:
+        while not os.path.exists("seen"):
             time.sleep(0.15)  # here
             await asyncio.sleep(0.05)
             print("a line", flush=True)
@@ -691,15 +722,20 @@ def test_live_view_shows_loops_and_stalls_and_gives_the_terminal_back(tmp_path: 
     """On stderr: busy share, the blocking line, and the terminal's own scroll region again in the end."""
     script = write(tmp_path, textwrap.dedent(LIVE) + last)
     screen = Screen()
+    busy, where = r"main +[█░]+ +\d+% busy", f"program.py:{line_of(LIVE, '# here')} in blocks"
     with started(
         [*RUN, "--live", script], tmp_path, stderr=screen.slave, env={**os.environ, "TERM": "xterm"}
     ) as process:
-        text = screen.read_to_the_end()
+        os.close(screen.slave)
+        screen.read_until(lambda: re.search(busy, screen.plain) and where in screen.plain)
+        (tmp_path / "seen").touch()
+        screen.read_until(lambda: False)
         out, _ = process.communicate(timeout=AMPLE)
+    os.close(screen.master)
     assert out.decode() == "a line\n" * out.count(b"\n")  # nothing of ours, nothing lost
-    plain = re.sub(r"\x1b\[[0-9;]*[A-Za-z]|\x1b[78]", "", text)
-    assert re.search(r"main +[█░]+ +\d+% busy", plain)
-    assert f"program.py:{line_of(LIVE, '# here')} in blocks" in plain
+    assert re.search(busy, screen.plain)
+    assert where in screen.plain
+    text = screen.text
     region, whole = text.index("\x1b[1;20r"), text.rindex("\x1b[r")
     assert region < whole
     assert text[whole:].count("busy") <= 1, "the view is not drawn after it has ended; the table may say busy"
