@@ -223,6 +223,36 @@ MUTANTS = {
     "a length is believed": Mutant(
         "net/wire.py", [("    if len(payload) < at:\n", "    if False:\n")], ["tests/fuzz/test_fuzz.py::test_messages"]
     ),
+    "a drain takes what is not read for what is over": Mutant(
+        "net/connection.py",
+        [('        while self._holds <= {"full", "total"} and not self._ended:\n', "        while self.is_read:\n")],
+        ["tests/net/test_server.py::test_drain_reads_on_where_memory_was_short"],
+    ),
+    "who presses Ctrl-C again wants to lose data": Mutant(
+        "loops/thread.py",
+        [("        _drain(pending, begun, time.monotonic() + _TO_END)\n", "")],
+        ["tests/loops/test_exit.py::test_ctrl_c_while_the_program_drains_leaves_others_the_time_they_need"],
+    ),
+    "a reader that asks who writes is a writer": Mutant(
+        "files/descriptor.py",
+        [("                if time.monotonic() > patient_until:\n", "                if True:\n")],
+        [f"{FILE}::test_a_reader_that_asks_who_writes_keeps_no_writer_out"],
+    ),
+    "a tail that is cut meanwhile is damage": Mutant(
+        "files/frame_source.py",
+        [
+            (
+                "                if len(found) < HEADER_BYTES and part is self.series.parts[-1]:\n",
+                "                if False:\n",
+            )
+        ],
+        [f"{FILE}::test_headers_are_read_while_a_writer_cuts_a_torn_tail"],
+    ),
+    "what was cut has a line behind it": Mutant(
+        "cli_read.py",
+        [("                    amid = True\n", "")],
+        ["tests/test_cli.py::test_cat_follow_interrupted_amid_lines_adds_nothing_behind_them"],
+    ),
 }
 # Those that the rest of the world forgets; the others are tried at leisure.
 FEW = (
