@@ -15,6 +15,7 @@ Promises:
     - In a forked child every thread of the parent raises ForkedError: threads do not survive a fork.
     - At interpreter exit every thread that is still open is drained and closed as above, for at most its
       `exit_timeout`, all at the same time; then a warning names the resource, the call that blocks and where it stands.
+      Ctrl-C meanwhile leaves them one second more.
 
 Threads are daemons, so that one which never returns cannot keep the interpreter from ending; `atexit` runs after all
 ordinary threads have ended and before daemons are stopped, which is the moment to drain. Children that multiprocessing
@@ -338,7 +339,7 @@ _live: weakref.WeakSet[LoopThread] = weakref.WeakSet()
 _process = os.getpid()
 
 
-_TO_END = 1.0  # seconds for a thread that has nothing to do to notice that it should end: some 100 µs, if it may run
+_TO_END = 1.0  # seconds for a thread that does not block to come to its end: some 100 µs if it is idle, and may run
 
 
 def _drain_at_exit() -> None:
