@@ -253,6 +253,11 @@ MUTANTS = {
         [("                    amid = True\n", "")],
         ["tests/test_cli.py::test_cat_follow_interrupted_amid_lines_adds_nothing_behind_them"],
     ),
+    "nobody else opens files": Mutant(
+        "merge/engine.py",
+        [("                more = self._held.makes_room(exc)\n", "                more = False\n")],
+        [f"{ROTATED}::test_16_descriptors_that_others_take"],
+    ),
 }
 # Those that the rest of the world forgets; the others are tried at leisure.
 FEW = (

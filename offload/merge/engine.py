@@ -413,7 +413,7 @@ class Merge:
                 more, question = True, exc
             except OSError as exc:
                 self._trouble(tail, exc)
-                more = False
+                more = self._held.makes_room(exc)
             else:
                 self.progress.problems.pop(tail.path, None)
             if len(steps) > before:

@@ -1,18 +1,24 @@
 """Which files a merge has open: as many as the system grants; and of these, what no name leads to any more.
 
+How many descriptors the rest of the program needs, nobody knows: what it has when a merge begins, and some more. If
+that was too few, whatever can be opened again is closed, until there is room for what is to be read.
+
 A file that is deleted while we have it open keeps its room on the disk until we have read it. If the output is slow, or
 waits for room on that very disk, that may be much.
 """
 
 from __future__ import annotations
 
+import errno
+import os
 import time
 from collections.abc import Iterable
 
 from ..files.tail import Tail
 from .progress import Progress
 
-_OTHERS = 64  # descriptors that are left to the rest of the program
+_OTHERS = 64  # descriptors that are left to the rest of the program, beside those that it has already
+_AT_ONCE = 16  # so many more, each time that this was too few
 
 
 class Held:
@@ -46,6 +52,18 @@ class Held:
         elif not wanted or self._follow:
             tail.close()
         return room
+
+    def makes_room(self, exc: OSError) -> bool:
+        """If a file could not be opened for want of descriptors: leave others more of them. False: there are none."""
+        if exc.errno not in (errno.EMFILE, errno.ENFILE):
+            return False
+        least, before = self._open_count - _AT_ONCE, self._open_count
+        for tail in list(self._open):
+            if self._open_count > least and not tail.must_stay_open:
+                self.let_go(tail)
+                tail.close()
+        self._descriptors = max(1, self._open_count)
+        return self._open_count < before
 
     def let_go(self, tail: Tail) -> None:
         """It was closed."""
@@ -88,4 +106,10 @@ def _spare_descriptors() -> int:
     except ImportError:  # Windows: what the C library grants
         return 512 - _OTHERS
     granted, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return 1 << 30 if granted == resource.RLIM_INFINITY else max(1, granted - _OTHERS)
+    if granted == resource.RLIM_INFINITY:
+        return 1 << 30
+    try:
+        used = len(os.listdir("/dev/fd"))
+    except OSError:
+        used = 0
+    return max(1, granted - used - _OTHERS)

@@ -19,7 +19,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -806,6 +806,42 @@ async def test_16_descriptors_of_deleted_files(logs: Path, out: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
     once(out, wanted)
+    assert verify(out).gaps == []
+
+
+ROTATES = """
+cd "$0"; read go
+for number in $(seq 0 $(($1 - 1))); do
+  mv $number.log $number.log.1; echo late $number >> $number.log.1; echo new $number > $number.log
+done
+"""
+
+
+async def test_16_descriptors_that_others_take(logs: Path, out: Path) -> None:
+    """A program that opens all that the system grants, once logs are followed, leaves them enough: none is lost."""
+    count = 80
+    for number in range(count):
+        (logs / f"{number}.log").write_bytes(b"first %d\n" % number)
+    limit, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    others: list[int] = []
+    command = ["sh", "-c", ROTATES, str(logs), str(count)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as rotates:  # noqa: ASYNC220
+        resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 64 + 60, hard))
+        try:
+            async with following(out, logs / "*.log", linger=0.1) as engine:
+                await until(lambda: engine.progress.lines == count)
+                with suppress(OSError):
+                    while True:
+                        others.append(os.open("/dev/null", os.O_RDONLY))
+                assert others
+                rotates.communicate(b"go\n")
+                await until(lambda: engine.progress.lines == 3 * count)
+                assert not engine.progress.problems
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+            for fd in others:
+                os.close(fd)
+    once(out, [b"%s %d\n" % (what, number) for what in (b"first", b"late", b"new") for number in range(count)])
     assert verify(out).gaps == []
 
 
