@@ -11,6 +11,7 @@ What a command needs is imported when it runs, so that `offload --version` start
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import sys
 from pathlib import Path
@@ -56,6 +57,9 @@ def main() -> NoReturn:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until the process ends
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    buffer = getattr(sys.stdout, "buffer", None)
+    if isinstance(buffer, io.RawIOBase):  # `python -u`: a write that a signal cut short would lose the rest in silence
+        sys.stdout = open(buffer.fileno(), "w", encoding=sys.stdout.encoding, closefd=False)  # noqa: SIM115
     with contextlib.suppress(AttributeError):
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a path may be any bytes
     every = app.registered_commands

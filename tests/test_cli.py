@@ -1163,29 +1163,47 @@ def test_cat_follow_holds_a_line_back_until_it_is_whole(logs: Path, out: Path) -
         assert ended(cat).out == b"open"
 
 
+def until_blocked(process: subprocess.Popen[bytes]) -> int:
+    """It writes, and nobody reads; how many bytes wait in the pipe."""
+    status, waiting = Path(f"/proc/{process.pid}/stat"), array.array("i", [0])
+
+    def blocked() -> bool:
+        fcntl.ioctl(cast("Any", process.stdout), termios.FIONREAD, waiting)
+        return waiting[0] > 60_000 and status.read_text().rpartition(")")[2].split()[0] == "S"
+
+    until(blocked, process)
+    return waiting[0]
+
+
 @pytest.mark.slow
 def test_cat_follow_interrupted_amid_lines_adds_nothing_behind_them(logs: Path, out: Path) -> None:
     """What was printed until Ctrl-C is how the whole begins; a line held back has no place where another was cut."""
     (logs / "a").write_bytes(b"open")
     run("merge", "-q", logs, "-o", out)
-    (logs / "b").write_bytes(b"".join(b"%07d\n" % i for i in range(500_000)))
+    write_lines(logs / "b", 500_000)
     run("merge", "-q", logs, "-o", out)
     whole = run("cat", "--source", "b", out).out
     with started("cat", "-f", out, bufsize=0) as cat:
-        assert cat.stdout is not None
-        stat_of = Path(f"/proc/{cat.pid}/stat")
-        waiting = array.array("i", [0])
-
-        def blocked() -> bool:
-            fcntl.ioctl(cast("Any", cat.stdout), termios.FIONREAD, waiting)
-            return waiting[0] > 60_000 and stat_of.read_text().rpartition(")")[2].split()[0] == "S"
-
-        until(blocked, cat)  # amid a write: the pipe is full
+        waiting = until_blocked(cat)
         cat.send_signal(signal.SIGINT)
         shown = ended(cat).out
-    assert len(shown) >= waiting[0]
+    assert len(shown) >= waiting
     assert whole.startswith(shown)
     assert len(shown) < len(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_cat_that_is_stopped_amid_a_write_goes_on_with_all_of_it(logs: Path, out: Path, unbuffered: str) -> None:
+    """Ctrl-Z and `fg` cut a write short; also where Python runs unbuffered, as in many containers, nothing is lost."""
+    write_lines(logs / "a", 500_000)
+    run("merge", "-q", logs, "-o", out)
+    with started("cat", out, bufsize=0, env={**os.environ, "PYTHONUNBUFFERED": unbuffered}) as cat:
+        until_blocked(cat)
+        cat.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, cat.pid, os.WSTOPPED)
+        cat.send_signal(signal.SIGCONT)
+        assert ended(cat).out == (logs / "a").read_bytes()
 
 
 # --- the demo ---------------------------------------------------------------------------------------------------------
