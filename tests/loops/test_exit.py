@@ -171,6 +171,19 @@ class Program:
         assert self.process.stdout is not None
         assert self.process.stdout.readline() == "ready\n", self.end()
 
+    def interrupt(self) -> None:
+        """SIGINT, once the main thread waits: Python notices one that comes just before a plain wait only behind it."""
+        assert self.process is not None
+        status = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/status")
+        before, now = [""], ["R"]
+        while status.exists() and (now[0] != "S" or now != before):  # who waits for the GIL wakes every 5 ms
+            threading.Event().wait(0.03)
+            before, now = (
+                now,
+                re.findall(r"^(?:State|\w*voluntary_ctxt_switches):\s+(\w+)", status.read_text(), re.MULTILINE),
+            )
+        self.process.send_signal(signal.SIGINT)
+
     def end(self) -> tuple[int, str, str]:
         """Exit code, stdout, stderr without asyncio's measurements: a busy machine is slow."""
         assert self.process is not None
@@ -810,7 +823,7 @@ def test_second_ctrl_c_does_not_make_it_wait_longer(program: Program, way: str) 
 
 def test_ctrl_c_while_the_program_drains_ends_it(asyncio_program: Program) -> None:
     """Ctrl-C during the drain at the end does not wait for the blocked resource; the others' data is on disk."""
-    process = asyncio_program.start("""
+    asyncio_program.start("""
         def block_the_drain():
             stuck.closing.wait()
             while set(threading.enumerate()) - {threading.main_thread(), threading.current_thread()}:
@@ -821,7 +834,7 @@ def test_ctrl_c_while_the_program_drains_ends_it(asyncio_program: Program) -> No
         stuck.post(block_the_drain)
     """)
     asyncio_program.wait_ready()
-    process.send_signal(signal.SIGINT)
+    asyncio_program.interrupt()
     code, out, err = asyncio_program.end()
     assert (code, out) == (0, "")
     assert "KeyboardInterrupt" in err
@@ -830,7 +843,7 @@ def test_ctrl_c_while_the_program_drains_ends_it(asyncio_program: Program) -> No
 
 def test_ctrl_c_while_the_program_drains_leaves_others_the_time_they_need(asyncio_program: Program) -> None:
     """What another resource has accepted, and still works on when Ctrl-C ends the wait for the blocked one, is kept."""
-    process = asyncio_program.start("""
+    asyncio_program.start("""
         asked_again = threading.Event()
 
         def ask_again(*_):
@@ -854,7 +867,7 @@ def test_ctrl_c_while_the_program_drains_leaves_others_the_time_they_need(asynci
         stuck.post(block_the_drain)
     """)
     asyncio_program.wait_ready()
-    process.send_signal(signal.SIGINT)
+    asyncio_program.interrupt()
     code, out, err = asyncio_program.end()
     assert (code, out) == (0, "")
     assert "KeyboardInterrupt" in err
@@ -865,13 +878,13 @@ def test_ctrl_c_while_the_program_drains_leaves_others_the_time_they_need(asynci
 
 def test_ctrl_c_in_a_plain_program_with_a_blocked_resource_ends_it(asyncio_program: Program) -> None:
     """Without any loop, too: one SIGINT in a `with` whose call blocks ends the program, and says what blocks."""
-    process = asyncio_program.start("""
+    asyncio_program.start("""
         run(opened_and_filled())
         with offload.LoopThread("stuck", exit_timeout=0.5) as stuck:
             stuck.submit(block).result()
     """)
     asyncio_program.wait_ready()
-    process.send_signal(signal.SIGINT)
+    asyncio_program.interrupt()
     code, out, err = asyncio_program.end()
     assert (code, out) == (-signal.SIGINT, "")
     assert "KeyboardInterrupt" in err
@@ -881,7 +894,7 @@ def test_ctrl_c_in_a_plain_program_with_a_blocked_resource_ends_it(asyncio_progr
 
 def test_ctrl_c_while_a_plain_thread_closes_loses_nothing(asyncio_program: Program) -> None:
     """SIGINT that interrupts `close()` does not interrupt the drain: what is queued still runs at the end."""
-    process = asyncio_program.start("""
+    asyncio_program.start("""
         def take_a_while(db):
             everything.resource._thread.closing.wait()
             threading.Event().wait(0.1)  # now `close` waits
@@ -899,7 +912,7 @@ def test_ctrl_c_while_a_plain_thread_closes_loses_nothing(asyncio_program: Progr
             interrupted.set()
     """)
     asyncio_program.wait_ready()
-    process.send_signal(signal.SIGINT)
+    asyncio_program.interrupt()
     assert asyncio_program.end() == (0, "", "")
     assert on_disk(asyncio_program.folder, THREADED) == all_of_it(kinds=THREADED)
 
