@@ -68,18 +68,18 @@ def main() -> NoReturn:
     wanted = [each for each in every if asked in (_name(each), "--version")]
     app.registered_commands = wanted[:1] or every
     try:
-        code = app(standalone_mode=False)
+        try:
+            code = app(standalone_mode=False)
+        except typer.Exit as exc:
+            code = exc.exit_code
+        sys.stdout.flush()
     except Failure as exc:
         say(str(exc))
         code = exc.code
-    except typer.Exit as exc:
-        code = exc.exit_code
     except (typer.Abort, KeyboardInterrupt):
         say("interrupted")
         code = INTERRUPTED
-    except BrokenPipeError:
-        # Whoever read our output has gone; Python would complain when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    except BrokenPipeError:  # whoever read our output has gone
         code = NOT_ALL
     except Exception as exc:
         code = _explain(exc)
@@ -91,6 +91,10 @@ def main() -> NoReturn:
         sys.stdout, sys.stderr = stdout, stderr
         code()  # outside of the `try`: what the program raises is its own
         code = OK
+    try:
+        sys.stdout.flush()
+    except OSError:  # told already; Python would complain again when it flushes at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(code or OK)
 
 

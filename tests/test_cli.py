@@ -1006,15 +1006,38 @@ def test_help_and_version() -> None:
         assert "5 somebody else writes the packet file" in text
 
 
+BUFFERED_AND_NOT = pytest.mark.parametrize("unbuffered", ["", "1"], ids=["buffered", "unbuffered"])
+
+
+def with_stdout(unbuffered: str) -> dict[str, str]:
+    """An environment; unbuffered as in many containers."""
+    return {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full here")
+@BUFFERED_AND_NOT
 @pytest.mark.parametrize(
-    "command", [["cat"], ["cat", "--json"], ["verify"], ["stat"], ["stat", "--json"], ["verify", "--json"]]
+    "command",
+    [
+        ["cat"],
+        ["cat", "--json"],
+        ["verify"],
+        ["stat"],
+        ["stat", "--json"],
+        ["verify", "--json"],
+        ["verify", "--complete"],
+    ],
 )
-def test_output_that_cannot_be_written_is_4(good: Path, command: list[str]) -> None:
+def test_output_that_cannot_be_written_is_4(good: Path, command: list[str], unbuffered: str) -> None:
     """Where stdout takes no more, the command says so in one line and ends with 4, whatever it prints."""
     with open("/dev/full", "wb") as full:
         done = subprocess.run(
-            [*COMMAND, *command, good], stdout=full, stderr=subprocess.PIPE, timeout=AMPLE, check=False
+            [*COMMAND, *command, good],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            timeout=AMPLE,
+            check=False,
+            env=with_stdout(unbuffered),
         )
     assert done.stderr.decode() == "offload: stdout: No space left on device\n"
     assert done.returncode == 4
@@ -1086,13 +1109,19 @@ def test_cat_into_head_ends_in_silence(logs: Path, out: Path) -> None:
 
 
 @pytest.mark.slow
-def test_stat_into_a_closed_pipe_ends_in_silence(good: Path) -> None:
+@BUFFERED_AND_NOT
+def test_stat_into_a_closed_pipe_ends_in_silence(good: Path, unbuffered: str) -> None:
     """What prints little ends quietly too when nobody reads it."""
     for command in ("stat", "verify"):
         reader, writer = os.pipe()
         os.close(reader)
         done = subprocess.run(
-            [*COMMAND, command, good], stdout=writer, stderr=subprocess.PIPE, timeout=AMPLE, check=False
+            [*COMMAND, command, good],
+            stdout=writer,
+            stderr=subprocess.PIPE,
+            timeout=AMPLE,
+            check=False,
+            env=with_stdout(unbuffered),
         )
         os.close(writer)
         assert done.stderr == b""
@@ -1193,12 +1222,12 @@ def test_cat_follow_interrupted_amid_lines_adds_nothing_behind_them(logs: Path, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("unbuffered", ["", "1"])
+@BUFFERED_AND_NOT
 def test_cat_that_is_stopped_amid_a_write_goes_on_with_all_of_it(logs: Path, out: Path, unbuffered: str) -> None:
     """Ctrl-Z and `fg` cut a write short; also where Python runs unbuffered, as in many containers, nothing is lost."""
     write_lines(logs / "a", 500_000)
     run("merge", "-q", logs, "-o", out)
-    with started("cat", out, bufsize=0, env={**os.environ, "PYTHONUNBUFFERED": unbuffered}) as cat:
+    with started("cat", out, bufsize=0, env=with_stdout(unbuffered)) as cat:
         until_blocked(cat)
         cat.send_signal(signal.SIGSTOP)
         os.waitid(os.P_PID, cat.pid, os.WSTOPPED)
