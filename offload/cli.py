@@ -90,7 +90,7 @@ def main() -> NoReturn:
             stdout.reconfigure(errors=errors)  # type: ignore[union-attr]
         sys.stdout, sys.stderr = stdout, stderr
         code()  # outside of the `try`: what the program raises is its own
-        code = OK
+        sys.exit(OK)
     try:
         sys.stdout.flush()
     except OSError:  # told already; Python would complain again when it flushes at exit

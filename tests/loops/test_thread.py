@@ -998,12 +998,13 @@ def test_thread_that_has_just_given_its_last_outcome_ends_in_silence() -> None:
 def test_close_in_time_says_what_it_waited_for(gate: Gate) -> None:
     """A call that has not begun is not one that runs; nor is on_close."""
     thread = LoopThread(on_close=gate).__enter__()
-    busy = threading.Event()
-    thread.submit(asyncio.get_running_loop).result().call_soon_threadsafe(busy.wait)
+    busy = Gate()  # no call: a callback of its loop
+    thread.submit(asyncio.get_running_loop).result().call_soon_threadsafe(busy)
+    busy.entered.result()
     call = thread.submit(int)
     with pytest.raises(TimeoutError, match=r"has not ended after 0.01 s; calls that have not begun: 1$"):
         thread.close(0.01)
-    busy.set()
+    busy.open()
     assert call.result() == 0
     gate.entered.result()
     with pytest.raises(TimeoutError, match=r"has not ended after 0.01 s; on_close still runs$"):
