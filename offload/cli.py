@@ -68,10 +68,7 @@ def main() -> NoReturn:
     wanted = [each for each in every if asked in (_name(each), "--version")]
     app.registered_commands = wanted[:1] or every
     try:
-        try:
-            code = app(standalone_mode=False)
-        except typer.Exit as exc:
-            code = exc.exit_code
+        code = app(standalone_mode=False)
         sys.stdout.flush()
     except Failure as exc:
         say(str(exc))

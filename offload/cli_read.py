@@ -122,9 +122,8 @@ def cat(
             else:
                 writer.write(lines)
 
-    amid = (
-        False  # amid lines: what is cut off there ends so, as with `cat`, and what was held back has no place behind it
-    )
+    # What is cut off amid lines ends there, as with `cat`: what was held back has no place behind it.
+    amid = False
     with reading(file), FrameSource(file, follow=follow) as frames:
         picker = Picker(frames, wanted, follow=follow)
         if not follow:

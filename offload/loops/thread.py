@@ -156,9 +156,11 @@ class LoopThread(Calls, Executor):
         elif timeout is None:
             self._left = True
         else:
-            busy, queued = self._mailbox.busy, len(self._mailbox)
-            why = f"calls that have not begun: {queued}" if queued else "on_close still runs"
-            why = why if busy is None else f"{busy.label()} still runs"
+            if (busy := self._mailbox.busy) is not None:
+                why = f"{busy.label()} still runs"
+            else:
+                queued = len(self._mailbox)
+                why = f"calls that have not begun: {queued}" if queued else "on_close still runs"
             raise TimeoutError(f"{self.name!r} has not ended after {timeout} s; {why}")
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:

@@ -370,6 +370,24 @@ async def test_follow_takes_only_files_that_match(logs: Path, out: Path) -> None
     assert contents(out) == {"a.log": b"a\n", "c.log": b"c\n"}
 
 
+async def test_a_problem_that_stays_is_told_all_the_while(logs: Path, out: Path) -> None:
+    """Whoever looks while files are looked for again, from another thread, does not find it gone."""
+
+    class Problems(dict[str, OSError]):
+        def __delitem__(self, path: str) -> None:
+            gone.append(path)
+            super().__delitem__(path)
+
+    gone: list[str] = []
+    missing = str(logs / "missing")
+    async with Merge([missing], out, follow=True) as engine:
+        engine.progress.problems = Problems()
+        for _ in range(2):
+            engine._finder.scan(None)
+            assert list(engine.progress.problems) == [missing]
+    assert gone == []
+
+
 async def test_follow_waits_for_a_file_that_is_not_there_yet(logs: Path, out: Path) -> None:
     """A name that names nothing yet is a problem until it does."""
     async with following(out, logs / "later") as engine:
