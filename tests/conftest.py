@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+from collections.abc import Iterator
 from contextlib import suppress
 
 import pytest
@@ -25,6 +26,44 @@ def pytest_configure() -> None:
 def find_peer(name: str) -> str | None:
     """The program's path, also where daemons live."""
     return shutil.which(name, path=os.environ.get("PATH", "") + os.pathsep + "/usr/sbin:/sbin")
+
+
+class Descriptors:
+    """Takes what the system grants this process of them."""
+
+    def __init__(self) -> None:
+        self._taken: list[int] = []
+
+    def limit(self, spare: int) -> None:
+        """Have the system grant so many more than there are now."""
+        import resource
+
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/dev/fd")) + spare, hard))
+
+    def take_all(self) -> None:
+        with suppress(OSError):
+            while True:
+                self._taken.append(os.open(os.devnull, os.O_RDONLY))
+        assert self._taken
+
+    def give(self, count: int | None = None) -> None:
+        """Close so many of them; None: all."""
+        for fd in self._taken[:count]:
+            os.close(fd)
+        del self._taken[:count]
+
+
+@pytest.fixture
+def descriptors() -> Iterator[Descriptors]:
+    import resource  # Windows has none
+
+    before, taken = resource.getrlimit(resource.RLIMIT_NOFILE), Descriptors()
+    try:
+        yield taken
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+        taken.give()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

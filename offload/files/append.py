@@ -41,6 +41,7 @@ class AppendFile:
         flags |= getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
         self.path = Path(path)
         self.created = False
+        self._folder = -1
         try:
             self.fd = os.open(path, flags)
         except FileNotFoundError:
@@ -126,11 +127,27 @@ class AppendFile:
             return
         sync_descriptor(self.fd)
         if self.created:
-            sync_folder(self.path.parent)
+            if self._folder < 0:
+                sync_folder(self.path.parent)
+            else:
+                os.fsync(self._folder)
             self.created = False
+            self._close_folder()
+
+    def will_sync(self) -> None:
+        """Open by now what `sync` needs: when its turn comes, others may have taken every descriptor."""
+        if self.created and self._folder < 0:
+            with contextlib.suppress(OSError):  # `sync` tries again, and tells
+                self._folder = _open_folder(self.path.parent)
 
     def close(self) -> None:
+        self._close_folder()
         fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def _close_folder(self) -> None:
+        fd, self._folder = self._folder, -1
         if fd >= 0:
             os.close(fd)
 
@@ -151,12 +168,16 @@ def sync_descriptor(fd: int) -> None:
 
 def sync_folder(path: Path) -> None:
     """Make the names in a folder durable, where a folder can be opened (not on Windows)."""
-    if hasattr(os, "O_DIRECTORY"):
-        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    fd = _open_folder(path)
+    if fd >= 0:
         try:
             os.fsync(fd)
         finally:
             os.close(fd)
+
+
+def _open_folder(path: Path) -> int:
+    return os.open(path, os.O_RDONLY | os.O_DIRECTORY) if hasattr(os, "O_DIRECTORY") else -1
 
 
 def _chunks(buffers: Sequence[Buffer], size: int) -> Iterator[Sequence[Buffer]]:

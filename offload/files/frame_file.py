@@ -41,7 +41,7 @@ Fsync = Literal["none", "interval", "always"]
 Full = Callable[[OSError | None], bool]
 T = TypeVar("T")
 
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +100,8 @@ class FrameFile:
         self.durable = Durable(self._synced)
         # Perhaps it was made, or got its name, by a run that was killed before it could sync the folder.
         self._file.created = self._file.created or not self._synced or self.segment > 0
+        if self.fsync != "none":
+            self._file.will_sync()
         self._left = max(self._synced, self.recovery.checked), self._file.end  # by runs before; not written again yet
 
     @property

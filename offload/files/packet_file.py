@@ -73,8 +73,9 @@ class PacketFile(FrameFile):
         fsync: see the head of this module.
         written_by: goes into the FILE frame.
         clock: Unix nanoseconds, for the arrival time in each frame.
-        full: called with the error if there is no room on the disk (ENOSPC, EDQUOT); it blocks for as long as it likes
-            and returns whether to try again, otherwise the error is raised. Called with None once there was room.
+        full: called with the error if there is no room on the disk (ENOSPC, EDQUOT), or no descriptor for the next
+            segment (EMFILE, ENFILE); it blocks for as long as it likes and returns whether to try again, otherwise the
+            error is raised. Called with None once there was room.
         settle: before the first content of a generation goes out, have its SOURCE frame on the disk (but with "none").
             Then each frame that a power cut leaves behind a hole is of a source that is known before the hole.
         segments: when to close it as a segment and begin the next; None: never.

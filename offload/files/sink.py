@@ -206,6 +206,8 @@ class FileSink(Writing[bytes]):
     def _use(self, file: AppendFile) -> None:
         """Go on with this file."""
         self._begun = time.time() if file.created or not file.end else os.fstat(file.fd).st_mtime
+        if self._fsync != "none":
+            file.will_sync()
         self._file = file
         self._dirty = True
         self._files += 1

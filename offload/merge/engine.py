@@ -465,6 +465,8 @@ class Merge:
         while self._watch is not None and not self._stopping and not call.done():
             if not (await asyncio.wait([call], timeout=_LOOK))[0]:
                 self._finder.scan(self._watch)
+                if self.progress.full is not None:
+                    self._held.makes_room(self.progress.full)  # for the output, if it lacks descriptors
                 self._held.hold(self._tails.values())
                 self._held.count(_LOOK)
 

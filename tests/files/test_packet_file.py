@@ -505,6 +505,17 @@ def test_policy_always_returns_once_it_is_on_the_disk(tmp_path: Path, syncs: Syn
     file.close()
 
 
+def test_the_first_fsync_finds_no_descriptor(tmp_path: Path, descriptors: Any) -> None:
+    """Others may take all that there are once a packet file is open: it is on the disk with its name nevertheless."""
+    descriptors.limit(10)
+    file = PacketFile(tmp_path / "out.opk", fsync="always")
+    descriptors.take_all()
+    fill(file, b"a\n")
+    file.close()
+    descriptors.give()
+    assert_sound(tmp_path / "out.opk")
+
+
 def test_an_append_whose_fsync_fails_raises_and_no_commit_says_it_is_durable(tmp_path: Path, syncs: Syncs) -> None:
     """A failed fsync is never taken for a good one, not even by the run after."""
     path = tmp_path / "out.opk"

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -117,6 +118,30 @@ def test_a_segment_is_closed_before_it_would_grow_over_its_size(tmp_path: Path) 
     assert found.faults == []
     assert found.segments == [*(path.name for path in sealed.values()), "m.opk"]
     assert lines_of(live) == [numbered(n) for n in range(20)]
+
+
+def test_no_descriptor_for_the_next_segment(tmp_path: Path, descriptors: Any) -> None:
+    """Others have all that there are: it is waited for as for room, and the next segment is the next one."""
+    live = tmp_path / "m.opk"
+    said: list[int | None] = []
+
+    def full(error: OSError | None) -> bool:
+        said.append(None if error is None else error.errno)
+        if error is not None:
+            descriptors.give(1)
+        return True
+
+    descriptors.limit(20)
+    file = PacketFile(live, segments=SMALL, full=full)
+    put(file, numbered(0))
+    descriptors.take_all()
+    for number in range(1, 20):
+        put(file, numbered(number))
+    file.close()
+    descriptors.give()
+    assert said == [errno.EMFILE, None] * 2, "for the next file, and for the folder; then the last one's is free"
+    assert len(sealed_segments(live)) > 4
+    assert lines_of(live) == [numbered(number) for number in range(20)]
 
 
 def test_a_seal_says_what_is_in_its_segment(tmp_path: Path) -> None:

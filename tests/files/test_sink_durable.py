@@ -132,6 +132,17 @@ async def test_a_failed_fsync_reaches_all_who_share_it(tmp_path: Path, syncs: Sy
         await sink.aclose()
 
 
+@pytest.mark.parametrize("fsync", ["interval", "always"])
+async def test_the_first_fsync_finds_no_descriptor(tmp_path: Path, descriptors: Any, fsync: Any) -> None:
+    """Others may take all that there are once a sink is open: it loses nothing."""
+    descriptors.limit(30)
+    async with FileSink(tmp_path / "out", fsync=fsync) as sink:
+        descriptors.take_all()
+        _ = sink.write("line\n")
+        await sink.flush(fsync=True)
+    assert (tmp_path / "out").stat().st_size == 5
+
+
 async def test_always_syncs_each_batch_before_flush_returns(tmp_path: Path, syncs: Syncs) -> None:
     """With fsync="always" a plain flush means the disk, and one fsync serves all that was taken together."""
     async with FileSink(tmp_path / "out", fsync="always") as sink:

@@ -19,7 +19,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ import pytest
 from offload.errors import BrokenResourceError, BusyResourceError
 from offload.files.frame_source import FrameSource
 from offload.files.packet_file import PacketFile
+from offload.files.segments import Segments
+from offload.files.series import sealed_segments
 from offload.files.watch import Watch
 from offload.merge.audit import verify
 from offload.merge.engine import Merge, Progress
@@ -67,9 +69,13 @@ async def merge(out: Path, *paths: Path | str) -> Progress:
 
 
 @asynccontextmanager
-async def following(out: Path, *paths: Path | str, poll: bool = False, linger: float = 60.0) -> AsyncIterator[Merge]:
+async def following(
+    out: Path, *paths: Path | str, poll: bool = False, linger: float = 60.0, segments: Segments | None = None
+) -> AsyncIterator[Merge]:
     """A merge that follows until the block ends; then everything that was there must be in the file."""
-    async with Merge([str(path) for path in paths], out, follow=True, poll=poll, linger=linger) as engine:
+    async with Merge(
+        [str(path) for path in paths], out, follow=True, poll=poll, linger=linger, segments=segments
+    ) as engine:
         running = asyncio.ensure_future(engine.run())
         try:
             yield engine
@@ -780,31 +786,27 @@ async def test_15_two_rotations_while_blocked(logs: Path, out: Path, monkeypatch
     assert verify(out).gaps == []
 
 
-async def test_16_descriptors_of_deleted_files(logs: Path, out: Path) -> None:
+async def test_16_descriptors_of_deleted_files(logs: Path, out: Path, descriptors: Any) -> None:
     """Descriptors of deleted files fill the disk, or run out: they are closed once read and quiet, and more files than
     descriptors are followed with none lost."""
     count, wanted = 60, []
-    limit, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     for number in range(count):
         (logs / f"{number}.log").write_bytes(LINES[number])
         wanted.append(LINES[number])
-    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 64 + 20, hard))
-    try:
-        async with following(out, logs / "*.log", linger=0.1) as engine:
-            await until(lambda: engine.progress.lines == count)
-            for number in range(count):
-                path = logs / f"{number}.log"
-                path.rename(logs / f"{number}.log.1")
-                add(logs / f"{number}.log.1", LINES[100 + number])
-                path.write_bytes(LINES[200 + number])
-                wanted += [LINES[100 + number], LINES[200 + number]]
-            await until(lambda: engine.progress.lines == 3 * count)
-            for number in range(count):
-                (logs / f"{number}.log.1").unlink()
-            await until(lambda: not [fd for fd in held() if fd.endswith("(deleted)") and str(logs) in fd])
-            assert not engine.progress.problems
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+    descriptors.limit(64 + 20)
+    async with following(out, logs / "*.log", linger=0.1) as engine:
+        await until(lambda: engine.progress.lines == count)
+        for number in range(count):
+            path = logs / f"{number}.log"
+            path.rename(logs / f"{number}.log.1")
+            add(logs / f"{number}.log.1", LINES[100 + number])
+            path.write_bytes(LINES[200 + number])
+            wanted += [LINES[100 + number], LINES[200 + number]]
+        await until(lambda: engine.progress.lines == 3 * count)
+        for number in range(count):
+            (logs / f"{number}.log.1").unlink()
+        await until(lambda: not [fd for fd in held() if fd.endswith("(deleted)") and str(logs) in fd])
+        assert not engine.progress.problems
     once(out, wanted)
     assert verify(out).gaps == []
 
@@ -817,32 +819,27 @@ done
 """
 
 
-async def test_16_descriptors_that_others_take(logs: Path, out: Path) -> None:
+@pytest.mark.parametrize("segments", [None, Segments(max_bytes=20_000)], ids=["one", "segments"])
+async def test_16_descriptors_that_others_take(
+    logs: Path, out: Path, descriptors: Any, segments: Segments | None
+) -> None:
     """A program that opens all that the system grants, once logs are followed, leaves them enough: none is lost."""
     count = 80
     for number in range(count):
         (logs / f"{number}.log").write_bytes(b"first %d\n" % number)
-    limit, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    others: list[int] = []
     command = ["sh", "-c", ROTATES, str(logs), str(count)]
     with subprocess.Popen(command, stdin=subprocess.PIPE) as rotates:  # noqa: ASYNC220
-        resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 64 + 60, hard))
-        try:
-            async with following(out, logs / "*.log", linger=0.1) as engine:
-                await until(lambda: engine.progress.lines == count)
-                with suppress(OSError):
-                    while True:
-                        others.append(os.open("/dev/null", os.O_RDONLY))
-                assert others
-                rotates.communicate(b"go\n")
-                await until(lambda: engine.progress.lines == 3 * count)
-                assert not engine.progress.problems
-        finally:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
-            for fd in others:
-                os.close(fd)
+        descriptors.limit(64 + 60)
+        async with following(out, logs / "*.log", linger=0.1, segments=segments) as engine:
+            await until(lambda: engine.progress.lines == count)
+            descriptors.take_all()
+            rotates.communicate(b"go\n")
+            await until(lambda: engine.progress.lines == 3 * count)
+            assert not engine.progress.problems
+    descriptors.give()
     once(out, [b"%s %d\n" % (what, number) for what in (b"first", b"late", b"new") for number in range(count)])
     assert verify(out).gaps == []
+    assert (len(sealed_segments(out)) > 1) == (segments is not None)
 
 
 def held() -> list[str]:
