@@ -57,7 +57,7 @@ MUTANTS = {
     ),
     "no fsync of the folder": Mutant(
         "files/append.py",
-        [("            sync_folder(self.path.parent)\n", "            pass\n")],
+        [("                os.fsync(self._folder)\n", "                pass\n")],
         [POWER],
     ),
     "offsets apart from the data": Mutant(  # they are those of the last COMMIT, whatever frames are behind it

@@ -127,18 +127,20 @@ class AppendFile:
             return
         sync_descriptor(self.fd)
         if self.created:
-            if self._folder < 0:
-                sync_folder(self.path.parent)
-            else:
+            self.will_sync()
+            if self._folder >= 0:
                 os.fsync(self._folder)
             self.created = False
             self._close_folder()
 
     def will_sync(self) -> None:
-        """Open by now what `sync` needs: when its turn comes, others may have taken every descriptor."""
+        """Open by now what `sync` needs: when its turn comes, others may have taken every descriptor.
+
+        Raises:
+            OSError: as `os.open`, of the folder.
+        """
         if self.created and self._folder < 0:
-            with contextlib.suppress(OSError):  # `sync` tries again, and tells
-                self._folder = _open_folder(self.path.parent)
+            self._folder = _open_folder(self.path.parent)
 
     def close(self) -> None:
         self._close_folder()

@@ -91,17 +91,17 @@ class FrameFile:
             if self.recovery.hole is None and self.recovery.torn:
                 self._file.cut(self.recovery.ledger.end)
             self._begun_ns = begun(self._read_at)  # the segment's first frame
+            self.ledger: Ledger = self.recovery.ledger
+            self._synced = self.ledger.durable_upto
+            # Perhaps it was made, or got its name, by a run that was killed before it could sync the folder.
+            self._file.created = self._file.created or not self._synced or self.segment > 0
+            if self.fsync != "none":
+                self._file.will_sync()
         except BaseException:
             self._file.close()
             raise
         self._index = Index()
-        self.ledger: Ledger = self.recovery.ledger
-        self._synced = self.ledger.durable_upto
         self.durable = Durable(self._synced)
-        # Perhaps it was made, or got its name, by a run that was killed before it could sync the folder.
-        self._file.created = self._file.created or not self._synced or self.segment > 0
-        if self.fsync != "none":
-            self._file.will_sync()
         self._left = max(self._synced, self.recovery.checked), self._file.end  # by runs before; not written again yet
 
     @property

@@ -198,16 +198,24 @@ class FileSink(Writing[bytes]):
         if self._replace:
             self._file = _beside(self.path)
         else:
-            self._use(AppendFile(self.path))
+            self._use(self._opened_file())
             if not self._append:
                 self._current.cut(0)
         self._opened = True
 
+    def _opened_file(self) -> AppendFile:
+        file = AppendFile(self.path)
+        try:
+            if self._fsync != "none":
+                file.will_sync()
+        except OSError:
+            file.close()
+            raise
+        return file
+
     def _use(self, file: AppendFile) -> None:
         """Go on with this file."""
         self._begun = time.time() if file.created or not file.end else os.fstat(file.fd).st_mtime
-        if self._fsync != "none":
-            file.will_sync()
         self._file = file
         self._dirty = True
         self._files += 1
@@ -260,7 +268,7 @@ class FileSink(Writing[bytes]):
         old.close()  # first: Windows renames no open file
         if ours:
             rotate.move(self.path, self._begun)
-        self._use(AppendFile(self.path))
+        self._use(self._opened_file())
 
     def _sync(self) -> None:
         if self._dirty:
@@ -283,7 +291,7 @@ class FileSink(Writing[bytes]):
 
     def _reopen(self) -> None:
         self._flush(fsync=False)
-        new = AppendFile(self.path)
+        new = self._opened_file()
         with self._breaking():
             self._sync()
         self._current.close()
