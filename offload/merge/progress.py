@@ -32,7 +32,8 @@ class Progress:
         held_bytes: unread in files that are open and that no name leads to any more, as of the last look: room on the
             disk that somebody freed and that is not free.
         unreported: how often a look found what had been written a second ago or more, and what no event had told of.
-        full: what the disk said, while the merge waits for room on it; otherwise None.
+        full: what the system said, while the merge waits for room on the disk, or for a descriptor for its next
+            segment; otherwise None.
         damaged, repair: the packet file was damaged where the merge goes on, and was written anew: the name that the
             damaged one has now, and what was done. Otherwise None.
         waits: how often it began to wait for room.

@@ -314,6 +314,7 @@ def test_14_ctrl_c_once_is_enough() -> None:
         + """
 import signal
 def block():
+    threading.Event().wait(0.2)  # the main thread waits by then: just before, it would not notice
     os.kill(os.getpid(), signal.SIGINT)
     threading.Event().wait()
 async def main():
