@@ -171,8 +171,8 @@ class Program:
         assert self.process.stdout is not None
         assert self.process.stdout.readline() == "ready\n", self.end()
 
-    def interrupt(self) -> None:
-        """SIGINT, once the main thread waits: Python notices one that comes just before a wait only behind it.
+    def interrupt(self, number: signal.Signals = signal.SIGINT) -> None:
+        """A signal, once the main thread waits: Python notices one that comes just before a wait only behind it.
 
         So does asyncio, which has a wakeup descriptor only if it is given handlers of its own.
         """
@@ -185,7 +185,7 @@ class Program:
                 now,
                 re.findall(r"^(?:State|\w*voluntary_ctxt_switches):\s+(\w+)", status.read_text(), re.MULTILINE),
             )
-        self.process.send_signal(signal.SIGINT)
+        self.process.send_signal(number)
 
     def end(self) -> tuple[int, str, str]:
         """Exit code, stdout, stderr without asyncio's measurements: a busy machine is slow."""
@@ -947,7 +947,7 @@ def test_ctrl_c_that_the_program_handles_itself(program: Program) -> None:
 
 def test_sigterm_handler_that_leaves_everything_open(program: Program) -> None:
     """A handler for SIGTERM that raises SystemExit is an end like any other."""
-    process = program.start("""
+    program.start("""
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
         async def main():
             await opened_and_filled()
@@ -956,7 +956,7 @@ def test_sigterm_handler_that_leaves_everything_open(program: Program) -> None:
         run(main())
     """)
     program.wait_ready()
-    process.send_signal(signal.SIGTERM)
+    program.interrupt(signal.SIGTERM)
     assert program.end() == (128 + signal.SIGTERM, "", "")
     assert on_disk(program.folder) == all_of_it()
 
