@@ -342,4 +342,5 @@ def _beside(path: Path) -> AppendFile:
         file.close()
     if mode is not None:
         os.chmod(file.path, stat.S_IMODE(mode))
+    file.created = False  # no folder need keep this name: it loses it, or is removed
     return file

@@ -49,7 +49,7 @@ class Bell:
                 # In a context of its own: the loop keeps it, and would keep the variables of whoever came first.
                 contextvars.Context().run(loop.add_reader, fd, _answered, fd, answer)
                 self._fd = fd
-            except NotImplementedError:
+            except NotImplementedError:  # a loop without readers, as Windows' own: it is woken by call_soon_threadsafe
                 os.close(fd)
             except BaseException:
                 os.close(fd)

@@ -82,8 +82,9 @@ class Merge:
             until they are read. If more bytes than this are unread in them, the oldest are given up: closed, with a GAP
             that states what nobody can read then. None: they are kept, however slow the output is.
         segments: as for PacketWriter, where `output` is a path.
-        on_full: called on the writer's thread with the error when following begins to wait for room on the disk, and
-            with None when it goes on; see also `Progress.full`. `stop()` and cancelling end the wait at once.
+        on_full: called on the writer's thread with the error when following begins to wait for room on the disk, or
+            for a descriptor, and with None when it goes on; see also `Progress.full`. `stop()` and cancelling end the
+            wait at once.
         by_time: write the lines in the order of the times in them; None: as they are read.
     """
 

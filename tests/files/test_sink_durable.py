@@ -143,6 +143,18 @@ async def test_the_first_fsync_finds_no_descriptor(tmp_path: Path, descriptors: 
     assert (tmp_path / "out").stat().st_size == 5
 
 
+async def test_a_file_that_replaces_another_needs_no_descriptor(tmp_path: Path, descriptors: Any) -> None:
+    """Nor is it kept from its place by others who have taken them all."""
+    (tmp_path / "out").write_text("old\n")
+    descriptors.limit(30)
+    async with FileSink(tmp_path / "out", replace=True) as sink:
+        descriptors.take_all()
+        _ = sink.write("new\n")
+        await sink.flush(fsync=True)
+    assert (tmp_path / "out").read_text() == "new\n"
+    assert os.listdir(tmp_path) == ["out"]
+
+
 async def test_always_syncs_each_batch_before_flush_returns(tmp_path: Path, syncs: Syncs) -> None:
     """With fsync="always" a plain flush means the disk, and one fsync serves all that was taken together."""
     async with FileSink(tmp_path / "out", fsync="always") as sink:

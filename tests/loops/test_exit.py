@@ -172,10 +172,12 @@ class Program:
         assert self.process.stdout.readline() == "ready\n", self.end()
 
     def interrupt(self, number: signal.Signals = signal.SIGINT) -> None:
-        """A signal, once the main thread waits: Python notices one that comes just before a wait only behind it.
+        """A signal, once it is ready and its main thread waits.
 
-        So does asyncio, which has a wakeup descriptor only if it is given handlers of its own.
+        Python notices one that comes just before a wait only behind it. So does asyncio, which
+        has a wakeup descriptor only if it is given handlers of its own.
         """
+        self.wait_ready()
         assert self.process is not None
         status = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/status")
         before, now = [""], ["R"]
@@ -593,7 +595,6 @@ def test_ctrl_c_with_idle_resources_ends_quietly(program: Program) -> None:
             await asyncio.Event().wait()
         run(main())
     """)
-    program.wait_ready()
     program.interrupt()
     code, out, err = program.end()
     assert (code, out, last_line(err)) == (-signal.SIGINT, "", "KeyboardInterrupt")
@@ -615,7 +616,6 @@ def test_ctrl_c_inside_async_with_closes_and_writes(program: Program) -> None:
         finally:
             print([thread.name for thread in threading.enumerate()])
     """)
-    program.wait_ready()
     program.interrupt()
     code, out, err = program.end()
     assert (code, out, last_line(err)) == (-signal.SIGINT, "['MainThread']\n", "KeyboardInterrupt")
@@ -637,7 +637,6 @@ def test_ctrl_c_with_a_query_that_can_be_interrupted_ends_quietly(program: Progr
                 await db.call(query)
         run(main())
     """)
-    program.wait_ready()
     program.interrupt()
     code, out, err = program.end()
     assert (code, out, last_line(err)) == (-signal.SIGINT, "", "KeyboardInterrupt")
@@ -704,7 +703,6 @@ def main_that_blocks(way: str, before: str = "") -> str:
 
 def check_that_ctrl_c_ends(program: Program, way: str) -> None:
     program.start(main_that_blocks(way))
-    program.wait_ready()
     program.interrupt()
     code, out, err = program.end()
     assert (code, out) == (-signal.SIGINT, "")
@@ -729,7 +727,6 @@ def test_ctrl_c_waits_once_for_a_blocked_resource_that_is_left_open(asyncio_prog
         offload.loops.mailbox.Mailbox.left_of_patience = left
         run(main())
     """)
-    asyncio_program.wait_ready()
     asyncio_program.interrupt()
     code, out, err = asyncio_program.end()
     assert (code, out) == (-signal.SIGINT, "left 0.0\n")
@@ -785,7 +782,6 @@ def test_ctrl_c_with_a_blocked_file_on_a_shared_thread_is_a_keyboard_interrupt(a
                         await reading
             run(main())
         """)
-        asyncio_program.wait_ready()
         asyncio_program.interrupt()
         code, out, err = asyncio_program.end()
     finally:
@@ -836,7 +832,6 @@ def test_ctrl_c_while_the_program_drains_ends_it(asyncio_program: Program) -> No
         stuck = offload.LoopThread("stuck", exit_timeout=600).__enter__()
         stuck.post(block_the_drain)
     """)
-    asyncio_program.wait_ready()
     asyncio_program.interrupt()
     code, out, err = asyncio_program.end()
     assert (code, out) == (0, "")
@@ -869,7 +864,6 @@ def test_ctrl_c_while_the_program_drains_leaves_others_the_time_they_need(asynci
         stuck = offload.LoopThread("stuck", exit_timeout=600).__enter__()
         stuck.post(block_the_drain)
     """)
-    asyncio_program.wait_ready()
     asyncio_program.interrupt()
     code, out, err = asyncio_program.end()
     assert (code, out) == (0, "")
@@ -886,7 +880,6 @@ def test_ctrl_c_in_a_plain_program_with_a_blocked_resource_ends_it(asyncio_progr
         with offload.LoopThread("stuck", exit_timeout=0.5) as stuck:
             stuck.submit(block).result()
     """)
-    asyncio_program.wait_ready()
     asyncio_program.interrupt()
     code, out, err = asyncio_program.end()
     assert (code, out) == (-signal.SIGINT, "")
@@ -914,7 +907,6 @@ def test_ctrl_c_while_a_plain_thread_closes_loses_nothing(asyncio_program: Progr
         except KeyboardInterrupt:
             interrupted.set()
     """)
-    asyncio_program.wait_ready()
     asyncio_program.interrupt()
     assert asyncio_program.end() == (0, "", "")
     assert on_disk(asyncio_program.folder, THREADED) == all_of_it(kinds=THREADED)
@@ -955,7 +947,6 @@ def test_sigterm_handler_that_leaves_everything_open(program: Program) -> None:
             await asyncio.Event().wait()
         run(main())
     """)
-    program.wait_ready()
     program.interrupt(signal.SIGTERM)
     assert program.end() == (128 + signal.SIGTERM, "", "")
     assert on_disk(program.folder) == all_of_it()

@@ -842,6 +842,25 @@ async def test_16_descriptors_that_others_take(
     assert (len(sealed_segments(out)) > 1) == (segments is not None)
 
 
+async def test_16_descriptors_for_the_output(logs: Path, out: Path, descriptors: Any) -> None:
+    """The packet file's next segment needs one, and the logs that are followed have the last: they make room for it."""
+    for number in range(40):
+        (logs / f"{number}.log").write_bytes(LINES[number])
+    descriptors.limit(64 + 60)
+    with (logs / "0.log").open("ab", buffering=0) as log:
+        async with following(out, logs / "*.log", segments=Segments(max_bytes=20_000)) as engine:
+            await until(lambda: engine.progress.lines == 40)
+            await until(lambda: engine.progress.durable is not None and engine.progress.durable.lines == 40)
+            descriptors.take_all()
+            for number in range(100, 1000, 300):
+                log.write(b"".join(LINES[number : number + 300]))
+                await until(lambda number=number: engine.progress.lines == 240 + number)  # type: ignore[misc]
+            await until(lambda: engine.progress.segment > 0)
+    descriptors.give()
+    once(out, [*LINES[:40], *LINES[100:]])
+    assert verify(out).gaps == []
+
+
 def held() -> list[str]:
     found = []
     for number in os.listdir("/proc/self/fd"):
